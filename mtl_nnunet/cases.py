@@ -1,0 +1,396 @@
+"""Find and read the cases of a dataset: nnU-Net raw folder, Decathlon/MONAI datalist, plain folder."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mtl_nnunet.errors import UserError, listed
+from mtl_nnunet.files import sha256
+
+PLAIN_ENDINGS = (".nii.gz", ".nii", ".png", ".tif", ".tiff", ".bmp", ".jpg", ".jpeg")
+# nnU-Net's spacing for the missing axis of a 2D image
+SLICE_SPACING_OF_2D = 999.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One case of a dataset: its image files, one per channel or one with all, and its label if there is one."""
+
+    name: str
+    patient: str
+    images: tuple[Path, ...]
+    label: Path | None = None
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Cases with what is needed to read and normalise them.
+
+    Attributes:
+        name: nnU-Net's folder name (``Dataset004_Hippocampus``), or the name of the folder or datalist.
+        cases: All cases, sorted by name.
+        channel_names: As in nnU-Net's dataset.json; they decide the normalisation (``CT`` is special).
+        reader: nnU-Net's name of the reader that nnU-Net would choose, or ``monai``.
+    """
+
+    name: str
+    cases: tuple[Case, ...]
+    channel_names: tuple[str, ...]
+    reader: str
+
+    @property
+    def num_patients(self) -> int:
+        """How many different patients the cases are of."""
+        return len({case.patient for case in self.cases})
+
+
+@dataclass(frozen=True)
+class Image:
+    """A case in memory.
+
+    Attributes:
+        voxels: Shape (C, Z, Y, X), float32; a 2D image has Z = 1.
+        spacing: Voxel size along (Z, Y, X) in mm.
+        foreground: Where the label is above background, shape (Z, Y, X), or None without a label.
+        hashes: SHA-256 of each image file.
+    """
+
+    voxels: np.ndarray
+    spacing: tuple[float, float, float]
+    foreground: np.ndarray | None
+    hashes: tuple[str, ...]
+
+
+def find_nnunet_dataset(dataset: str | int) -> Dataset:
+    """A dataset of nnU-Net's raw folder, before any planning.
+
+    Args:
+        dataset: Number or full name, as for nnU-Net's ``-d``.
+
+    Raises:
+        UserError: ``nnUNet_raw`` is not set, no such dataset, a missing channel or label, or an unreadable first image.
+    """
+    folder = _raw_folder(dataset)
+    description = _read_json(folder / "dataset.json", "nnU-Net's description of the dataset")
+    channels = description.get("channel_names", description.get("modality"))
+    ending = description.get("file_ending")
+    if not isinstance(channels, dict) or not channels or not isinstance(ending, str):
+        raise UserError(
+            f"{folder / 'dataset.json'} is no nnU-Net v2 dataset.json: it needs 'channel_names', 'labels' and "
+            "'file_ending'. Convert the dataset with nnUNetv2_convert_MSD_dataset or write the file by hand."
+        )
+    cases = _listed_cases(folder, description) if "dataset" in description else _cases_in_folder(folder, ending)
+    _refuse_missing_channels(cases, folder / "imagesTr")
+    for case in cases:
+        for file in (*case.images, *filter(None, [case.label])):
+            if not file.is_file():
+                raise UserError(f"case {case.name}: {file} does not exist. Add the file, or leave the case out.")
+    _require_two(cases, folder)
+    names = tuple(str(channels[k]) for k in sorted(channels, key=int))
+    return Dataset(folder.name, cases, names, _nnunet_reader(description, cases[0].images[0]))
+
+
+def find_image_folder(path: str | Path, channel_names: Sequence[str] | None = None) -> Dataset:
+    """Cases of a plain folder of images, or of a Decathlon/MONAI datalist; read with MONAI.
+
+    Files named ``CASE_0000.ext``, ``CASE_0001.ext`` are channels of one case, as in nnU-Net; otherwise every file is a
+    case. A folder with a Decathlon ``dataset.json`` is read as that datalist.
+
+    Args:
+        path: Folder, or a datalist in JSON.
+        channel_names: As in nnU-Net's dataset.json, e.g. ``CT``; None takes the datalist's, else none is special.
+
+    Raises:
+        UserError: Nothing there, not a datalist, or fewer than two cases.
+    """
+    path = Path(path)
+    datalist = path / "dataset.json" if path.is_dir() else path
+    if datalist.suffix == ".json" and datalist.is_file():
+        return _dataset_of_datalist(datalist, channel_names)
+    if not path.is_dir():
+        raise UserError(f"no such folder or datalist: {path}. Pass a folder of images or a Decathlon dataset.json with -i.")
+    files = sorted(f for f in path.iterdir() if f.is_file() and f.name.lower().endswith(PLAIN_ENDINGS))
+    if not files:
+        raise UserError(f"no image in {path}: expected files ending in {', '.join(PLAIN_ENDINGS)}.")
+    stems = {f: _stem(f.name, PLAIN_ENDINGS) for f in files}
+    as_channels = all(re.search(r"_\d{4}$", stem) for stem in stems.values())
+    grouped: dict[str, list[Path]] = {}
+    for file, stem in stems.items():
+        grouped.setdefault(stem[:-5] if as_channels else stem, []).append(file)
+    cases = tuple(Case(name, name, tuple(images)) for name, images in sorted(grouped.items()))
+    return _monai_dataset(path.resolve().name, cases, channel_names, path)
+
+
+def with_patients(dataset: Dataset, table: str | Path) -> Dataset:
+    """The dataset with each case's patient taken from a CSV with columns ``case`` and ``patient``.
+
+    Raises:
+        UserError: The table cannot be read, or does not name every case.
+    """
+    table = Path(table)
+    try:
+        with open(table, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+        patients = {row["case"].strip(): row["patient"].strip() for row in rows}
+    except (OSError, KeyError, AttributeError, csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{table} is no table of patients: expected a CSV with the columns case,patient.") from error
+    unknown = [case.name for case in dataset.cases if not patients.get(case.name)]
+    if unknown:
+        raise UserError(f"{table} gives no patient for {len(unknown)} cases ({listed(unknown)}). Add a row for each.")
+    return replace(dataset, cases=tuple(replace(c, patient=patients[c.name]) for c in dataset.cases))
+
+
+def sampled_cases(dataset: Dataset, num_cases: int, seed: int) -> tuple[Case, ...]:
+    """At most ``num_cases`` cases, spread over patients before any patient comes twice; sorted by name."""
+    rng = np.random.default_rng(seed)
+    cases = sorted(dataset.cases, key=lambda c: c.name)
+    order = rng.permutation(len(cases))
+    turn: dict[str, int] = {}
+    ranked = []
+    for i in order:
+        patient = cases[i].patient
+        turn[patient] = turn.get(patient, 0) + 1
+        ranked.append((turn[patient], len(ranked), cases[i]))
+    chosen = [case for _, _, case in sorted(ranked, key=lambda r: r[:2])[:num_cases]]
+    return tuple(sorted(chosen, key=lambda c: c.name))
+
+
+def read_case(case: Case, reader: str, num_channels: int) -> Image:
+    """Read a case and check that it is fit for use.
+
+    Args:
+        case: Which.
+        reader: ``Dataset.reader``.
+        num_channels: How many channels the dataset has.
+
+    Raises:
+        UserError: A file that cannot be read, NaN or infinite voxels, a constant image, channels or a label whose
+            shapes differ.
+    """
+    read = _read_with_monai if reader == "monai" else _read_with_nnunet
+    voxels, spacing = read(case.images, reader)
+    what = f"case {case.name} ({listed([str(p) for p in case.images])})"
+    if len(voxels) != num_channels:
+        raise UserError(
+            f"{what} has {len(voxels)} channels, but the dataset names {num_channels}. Add the missing channel file, or "
+            "correct channel_names in dataset.json."
+        )
+    if not np.isfinite(voxels).all():
+        raise UserError(f"{what} holds NaN or infinite voxels. Repair the image, or leave the case out.")
+    for channel, values in enumerate(voxels):
+        if values.min() == values.max():
+            raise UserError(
+                f"{what}: channel {channel} is constant ({values.flat[0]:g} everywhere), so it holds no image. "
+                "Repair it, or leave the case out."
+            )
+    if any(s <= 0 or not np.isfinite(s) for s in spacing):
+        raise UserError(f"{what} states a voxel size of {spacing} mm. Repair the header.")
+    foreground = None
+    if case.label is not None:
+        label, _ = read((case.label,), reader)
+        if label.shape[1:] != voxels.shape[1:]:
+            raise UserError(
+                f"case {case.name}: image {tuple(voxels.shape[1:])} and label {tuple(label.shape[1:])} differ in shape "
+                f"(z, y, x; {case.label}). Resample the label onto the image, or leave the case out."
+            )
+        foreground = label[0] > 0
+    return Image(voxels, spacing, foreground, tuple(sha256(p) for p in case.images))
+
+
+def _raw_folder(dataset: str | int) -> Path:
+    raw = os.environ.get("nnUNet_raw")
+    if not raw:
+        raise UserError(
+            "the environment variable nnUNet_raw is not set. Set nnUNet_raw, nnUNet_preprocessed and nnUNet_results as "
+            "nnU-Net's documentation says, or pass a folder of images with -i."
+        )
+    if not Path(raw).is_dir():
+        raise UserError(f"nnUNet_raw names {raw}, which is no folder. Correct the environment variable.")
+    text = str(dataset)
+    if text.startswith("Dataset"):
+        found = [Path(raw, text)] if Path(raw, text).is_dir() else []
+    elif text.isdigit():
+        found = sorted(p for p in Path(raw).glob(f"Dataset{int(text):03d}_*") if p.is_dir())
+    else:
+        raise UserError(f"-d {text} is neither a dataset number nor a name like Dataset004_Hippocampus.")
+    if not found:
+        there = sorted(p.name for p in Path(raw).glob("Dataset*") if p.is_dir())
+        have = f"there are {listed(there)}" if there else "there is no dataset at all"
+        raise UserError(f"no dataset {text} in nnUNet_raw ({raw}): {have}. Check -d.")
+    if len(found) > 1:
+        raise UserError(f"several datasets have the number {text}: {listed([p.name for p in found])}. Rename all but one.")
+    return found[0]
+
+
+def _cases_in_folder(folder: Path, ending: str) -> tuple[Case, ...]:
+    images = folder / "imagesTr"
+    if not images.is_dir():
+        raise UserError(f"{images} does not exist. nnU-Net expects training images there.")
+    grouped: dict[str, list[Path]] = {}
+    for file in sorted(images.iterdir()):
+        if file.name.endswith(ending) and re.search(r"_\d{4}$", file.name[: -len(ending)]):
+            grouped.setdefault(file.name[: -len(ending) - 5], []).append(file)
+    if not grouped:
+        raise UserError(f"no image in {images}: expected files named CASE_0000{ending}.")
+    return tuple(
+        Case(name, name, tuple(files), folder / "labelsTr" / f"{name}{ending}") for name, files in sorted(grouped.items())
+    )
+
+
+def _listed_cases(folder: Path, description: dict[str, Any]) -> tuple[Case, ...]:
+    from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+    entries = get_filenames_of_train_images_and_targets(str(folder), description)
+    return tuple(
+        Case(name, name, tuple(map(Path, entry["images"])), Path(entry["label"])) for name, entry in sorted(entries.items())
+    )
+
+
+def _nnunet_reader(description: dict[str, Any], example: Path) -> str:
+    from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+
+    # nnU-Net prints a traceback for each reader that fails
+    noise = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(noise), contextlib.redirect_stderr(noise):
+            reader = determine_reader_writer_from_dataset_json(description, str(example), verbose=False)
+    except RuntimeError as error:
+        raise UserError(_unreadable(example)) from error
+    return str(reader.__name__)
+
+
+def _read_with_nnunet(files: Sequence[Path], reader: str) -> tuple[np.ndarray, tuple[float, float, float]]:
+    from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
+
+    try:
+        voxels, properties = recursive_find_reader_writer_by_name(reader)().read_images([str(f) for f in files])
+    except Exception as error:  # noqa: BLE001 - each of nnU-Net's readers fails in its own way
+        # nnU-Net says only on stdout that the channels do not fit together
+        if len(files) > 1 and isinstance(error, RuntimeError) and not str(error):
+            raise UserError(
+                f"the channels {listed([str(f) for f in files])} differ in shape or spacing. Resample them onto one grid."
+            ) from error
+        raise UserError(_unreadable(*files)) from error
+    z, y, x = (float(s) for s in properties["spacing"])
+    return voxels.astype(np.float32, copy=False), (z, y, x)
+
+
+def _read_with_monai(files: Sequence[Path], reader: str) -> tuple[np.ndarray, tuple[float, float, float]]:
+    from monai.data import PILReader
+    from monai.transforms import LoadImage
+
+    channels, spacings = [], []
+    for file in files:
+        natural = not file.name.lower().endswith((".nii", ".nii.gz"))
+        try:
+            load = LoadImage(reader=PILReader() if natural else "NibabelReader", image_only=True, ensure_channel_first=True)
+            image = load(str(file))
+        except Exception as error:  # noqa: BLE001 - each of MONAI's readers fails in its own way
+            raise UserError(_unreadable(file)) from error
+        voxels = np.asarray(image, dtype=np.float32)
+        spacing = [1.0] * (voxels.ndim - 1) if natural else [float(s) for s in image.pixdim[: voxels.ndim - 1]]
+        if voxels.ndim == 3:
+            voxels, spacing = voxels[..., None], [*spacing, SLICE_SPACING_OF_2D]
+        elif voxels.ndim != 4:
+            raise UserError(f"{file} has {voxels.ndim - 1} spatial axes, expected 2 or 3.")
+        channels.append(voxels.transpose(0, 3, 2, 1))
+        spacings.append((spacing[2], spacing[1], spacing[0]))
+    if len({c.shape[1:] for c in channels}) > 1:
+        raise UserError(f"the channels {listed([str(f) for f in files])} differ in shape. Resample them onto one grid.")
+    return np.concatenate(channels), spacings[0]
+
+
+def _dataset_of_datalist(datalist: Path, channel_names: Sequence[str] | None) -> Dataset:
+    content = _read_json(datalist, "a Decathlon/MONAI datalist")
+    training = content.get("training")
+    if not isinstance(training, list) or not all(isinstance(e, dict) and "image" in e for e in training):
+        raise UserError(
+            f"{datalist} is no Decathlon/MONAI datalist: expected a list 'training' of entries with 'image' (and 'label'). "
+            "For nnU-Net's raw datasets use -d."
+        )
+    from monai.data import load_decathlon_datalist
+
+    cases = []
+    for entry in load_decathlon_datalist(str(datalist), is_segmentation=True, base_dir=str(datalist.parent)):
+        images = [entry["image"]] if isinstance(entry["image"], str) else entry["image"]
+        label = entry.get("label")
+        for file in (*images, *([label] if label else [])):
+            if not Path(file).is_file():
+                raise UserError(f"{datalist} names {file}, which does not exist. Correct the datalist.")
+        name = _stem(Path(images[0]).name, PLAIN_ENDINGS)
+        cases.append(Case(name, name, tuple(map(Path, images)), Path(label) if label else None))
+    modality = content.get("channel_names", content.get("modality"))
+    if channel_names is None and isinstance(modality, dict):
+        channel_names = [str(modality[k]) for k in sorted(modality, key=int)]
+    name = datalist.resolve().parent.name if datalist.name == "dataset.json" else datalist.stem
+    return _monai_dataset(name, tuple(sorted(cases, key=lambda c: c.name)), channel_names, datalist)
+
+
+def _monai_dataset(name: str, cases: tuple[Case, ...], channel_names: Sequence[str] | None, where: Path) -> Dataset:
+    _require_two(cases, where)
+    names = [case.name for case in cases]
+    if len(set(names)) < len(names):
+        twice = next(n for n in names if names.count(n) > 1)
+        raise UserError(f"{where}: two cases are called {twice}. Give the files different names.")
+    _refuse_missing_channels(cases, where)
+    num_channels = len(_read_with_monai(cases[0].images, "monai")[0])
+    if channel_names is None:
+        channel_names = [f"channel {i}" for i in range(num_channels)]
+    if len(channel_names) != num_channels:
+        raise UserError(
+            f"{where}: images have {num_channels} channels, but {len(channel_names)} are named ({listed(list(channel_names))}). "
+            "Name each channel."
+        )
+    return Dataset(name, cases, tuple(channel_names), "monai")
+
+
+def _refuse_missing_channels(cases: tuple[Case, ...], where: Path) -> None:
+    # one file may hold all channels (RGB, 4D), so files are compared between cases and channels are counted on reading
+    expected = max(len(case.images) for case in cases)
+    for case in cases:
+        if len(case.images) != expected:
+            raise UserError(
+                f"case {case.name} in {where} has {len(case.images)} of {expected} channel files "
+                f"({listed([i.name for i in case.images])}). Add the missing file, or leave the case out."
+            )
+
+
+def _require_two(cases: tuple[Case, ...], where: Path) -> None:
+    if len(cases) < 2:
+        raise UserError(f"{where} holds {len(cases)} case. At least two are needed to compare slices of different patients.")
+
+
+def _read_json(path: Path, what: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist. Expected {what}.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}). Expected {what}.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, expected {what}.")
+    return content
+
+
+def _stem(name: str, endings: Sequence[str]) -> str:
+    ending = next((e for e in sorted(endings, key=len, reverse=True) if name.lower().endswith(e)), "")
+    return name[: len(name) - len(ending)]
+
+
+def _unreadable(*files: Path) -> str:
+    broken = next((f for f in files if not f.is_file() or f.stat().st_size == 0), files[0])
+    state = "does not exist" if not broken.is_file() else "is empty" if broken.stat().st_size == 0 else "cannot be read as an image"
+    named = str(broken) if len(files) == 1 or "cannot" not in state else f"one of {listed([str(f) for f in files])}"
+    return f"{named} {state}: truncated, damaged or of another format. Replace the file, or leave its case out."
+

@@ -1,0 +1,157 @@
+"""A timm network as a feature pyramid: the one encoder that is both scored and trained."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+import timm
+import torch
+from timm.models import adapt_input_conv
+from torch import Tensor, nn
+
+from mtl_nnunet.errors import UserError, listed
+
+MIN_LEVELS = 3
+SUPPORTED = "ResNet, ConvNeXt, EfficientNet, RegNet, MobileNetV3 or Swin"
+
+
+class TimmEncoder(nn.Module):
+    """The feature maps of a timm network, shallow to deep.
+
+    Parameters keep timm's names (under ``timm.model.``), so that a checkpoint of the classifier loads strictly.
+
+    Args:
+        name: timm's name of the architecture, e.g. ``resnet50`` or ``convnext_tiny``.
+        input_channels: Channels of the images.
+
+    Attributes:
+        name: As given.
+        input_channels: As given.
+        output_channels: Channels of each feature map.
+        reductions: How many times smaller each feature map is than the image, per side.
+
+    Raises:
+        UserError: timm does not know the name, or the network has no pyramid of three or more levels.
+    """
+
+    def __init__(self, name: str, input_channels: int = 3):
+        super().__init__()
+        self.name = name
+        self.input_channels = input_channels
+        self.timm = _feature_pyramid(name, input_channels)
+        self.output_channels: tuple[int, ...] = tuple(self.timm.feature_info.channels())
+        self.reductions: tuple[int, ...] = tuple(self.timm.feature_info.reduction())
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Feature maps of images (N, C, H, W), shallow to deep, each (N, channels, H / reduction, W / reduction)."""
+        features: list[Tensor] = self.timm(images)
+        return features
+
+    def load_weights(self, weights: Mapping[str, Tensor], source: str) -> list[str]:
+        """Load a classifier's weights strictly: every tensor of the encoder must come from the file.
+
+        The first convolution is adapted to the image channels as timm does it: summed over RGB for one channel,
+        repeated and rescaled for others, so that the scale of its response stays.
+
+        Args:
+            weights: State dict in timm's names.
+            source: What to call it in an error, usually the file's path.
+
+        Returns:
+            Names in the file that the encoder has no place for: classifier head and final norm.
+
+        Raises:
+            UserError: Missing, surplus or misshapen tensors, or values that are not finite.
+        """
+        own = self.timm.model.state_dict()
+        weights = self._with_adapted_input(weights, own)
+        advice = "Pass the architecture it was trained with: -encoder NAME."
+        missing = [k for k in own if k not in weights]
+        if missing:
+            raise UserError(
+                f"checkpoint {source} does not fit timm encoder '{self.name}': "
+                f"{len(missing)} keys missing (first: {missing[0]}). {advice}"
+            )
+        for key, tensor in own.items():
+            if weights[key].shape != tensor.shape:
+                raise UserError(
+                    f"checkpoint {source} does not fit timm encoder '{self.name}': {key} has shape "
+                    f"{tuple(weights[key].shape)}, expected {tuple(tensor.shape)}. {advice}"
+                )
+        surplus = [k for k in weights if k not in own]
+        foreign = sorted(set(surplus) - _classifier_keys(self.name))
+        if foreign:
+            raise UserError(
+                f"checkpoint {source} does not fit timm encoder '{self.name}': it holds {len(foreign)} tensors that "
+                f"this network does not have (first: {foreign[0]}). {advice}"
+            )
+        broken = [k for k in own if weights[k].is_floating_point() and not torch.isfinite(weights[k]).all()]
+        if broken:
+            raise UserError(
+                f"checkpoint {source} holds NaN or infinite weights in {len(broken)} tensors (first: {broken[0]}). "
+                "Its training diverged or the file is damaged: leave it out."
+            )
+        self.timm.model.load_state_dict({k: weights[k].to(own[k].dtype) for k in own}, strict=True)
+        return surplus
+
+    def own_part(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a classifier's state dict that the encoder takes, float32, sorted, channels as in the file."""
+        return {
+            k: (weights[k].float() if weights[k].is_floating_point() else weights[k]).clone().contiguous()
+            for k in sorted(self.timm.model.state_dict())
+        }
+
+    def _with_adapted_input(self, weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        adapted = dict(weights)
+        for layer in _first_convolutions(self.timm.model):
+            key = f"{layer}.weight"
+            if key in adapted and key in own and adapted[key].ndim == 4:
+                per_channel = own[key].shape[1] // self.input_channels
+                if adapted[key].shape[1] == 3 * per_channel and own[key].shape[1] != adapted[key].shape[1]:
+                    adapted[key] = adapt_input_conv(self.input_channels, adapted[key].clone())
+        return adapted
+
+
+def random_encoder(name: str, input_channels: int, seed: int) -> TimmEncoder:
+    """The encoder at its random initialisation, the same for the same seed; the global generator is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return TimmEncoder(name, input_channels)
+
+
+def _feature_pyramid(name: str, input_channels: int) -> nn.Module:
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        meant = f" Did you mean {listed(close)}?" if close else ""
+        raise UserError(f"timm {timm.__version__} knows no encoder '{name}'.{meant} Pass one of its names: -encoder NAME.")
+    no_pyramid = UserError(
+        f"timm encoder '{name}' gives no feature pyramid of {MIN_LEVELS} or more levels, so it cannot be the encoder of "
+        f"a U-Net. Use a {SUPPORTED}."
+    )
+    options = {"pretrained": False, "features_only": True, "feature_cls": "getter", "in_chans": input_channels}
+    try:
+        try:
+            # transformers that check the image size against the one they were trained at
+            pyramid: nn.Module = timm.create_model(name, strict_img_size=False, **options)
+        except TypeError:
+            pyramid = timm.create_model(name, **options)
+    except (RuntimeError, AttributeError, AssertionError, TypeError) as error:
+        raise no_pyramid from error
+    reductions: Sequence[int] = pyramid.feature_info.reduction()
+    grows = all(b > a and b % a == 0 for a, b in zip(reductions, reductions[1:], strict=False))
+    if not hasattr(getattr(pyramid, "model", None), "forward_intermediates") or len(reductions) < MIN_LEVELS or not grows:
+        raise no_pyramid
+    return pyramid
+
+
+def _first_convolutions(model: nn.Module) -> tuple[str, ...]:
+    first = model.pretrained_cfg.get("first_conv") or ()
+    return (first,) if isinstance(first, str) else tuple(first)
+
+
+@lru_cache(maxsize=8)
+def _classifier_keys(name: str) -> frozenset[str]:
+    with torch.random.fork_rng(devices=[]):
+        return frozenset(timm.create_model(name, pretrained=False).state_dict())

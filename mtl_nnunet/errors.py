@@ -1,0 +1,21 @@
+"""The one kind of error that a user can act on."""
+
+
+class UserError(ValueError):
+    """What is wrong, where, what was expected and what to do next, in one line of plain words.
+
+    Commands print it as one line on stderr and exit with status 1; from Python it is an ordinary ``ValueError``.
+    """
+
+
+def listed(names: list[str], limit: int = 5) -> str:
+    """Names in a sentence, cut to a readable number.
+
+    Example:
+        >>> listed(["a", "b", "c"], limit=2)
+        'a, b and 1 more'
+        >>> listed(["a"])
+        'a'
+    """
+    shown = ", ".join(names[:limit])
+    return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown

@@ -1,0 +1,122 @@
+"""The ranking for people: a table, a figure, warnings in words."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+from mtl_nnunet.ranking import RankedCheckpoint, Ranking
+
+FEW_PATIENTS = 10
+
+
+def ranking_table(ranking: Ranking) -> str:
+    """The ranking as CSV, one row a checkpoint, the random initialisation last."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(
+        ["epoch", "file", "score", "low", "high", "probability_of_best_score", "undecided", "chosen", "last", "logged_accuracy"]
+    )
+    for row in (*ranking.checkpoints, ranking.random):
+        checkpoint = row.checkpoint
+        writer.writerow(
+            [
+                checkpoint.epoch if checkpoint else None,
+                checkpoint.path.name if checkpoint else row.label,
+                row.value,
+                row.low,
+                row.high,
+                row.probability_of_best_score,
+                row.undecided,
+                row is ranking.chosen,
+                row is ranking.last,
+                checkpoint.logged_accuracy if checkpoint else None,
+            ]
+        )
+    return text.getvalue()
+
+
+def ranking_text(ranking: Ranking) -> str:
+    """The ranking as a table for a terminal, best score first, the yardsticks marked."""
+    direction = "higher" if ranking.score.higher_is_better else "lower"
+    lines = [f"{'epoch':>8}  {'score':>8}  {'95 % interval':>18}  {'P(best score)':>13}  {'ImageNet top-1':>14}"]
+    rows: list[RankedCheckpoint] = sorted(
+        (*ranking.checkpoints, ranking.random), key=lambda r: r.value, reverse=ranking.score.higher_is_better
+    )
+    for row in rows:
+        accuracy = row.checkpoint.logged_accuracy if row.checkpoint else None
+        probability = "" if row.probability_of_best_score is None else f"{row.probability_of_best_score:.3f}"
+        notes = [
+            note
+            for note, applies in (
+                ("<- chosen", row is ranking.chosen),
+                ("last epoch", row is ranking.last),
+                ("undecided", row.undecided and row.checkpoint is not None and row is not ranking.chosen),
+                ("yardstick", row is ranking.random),
+            )
+            if applies
+        ]
+        lines.append(
+            f"{row.label:>8}  {row.value:8.4f}  [{row.low:7.4f}, {row.high:7.4f}]  {probability:>13}  "
+            f"{'' if accuracy is None else f'{accuracy:.2f} %':>14}  {', '.join(notes)}".rstrip()
+        )
+    lines.append(f"score '{ranking.score.name}': {direction} is better; intervals by bootstrap over patients.")
+    return "\n".join(lines)
+
+
+def warnings_in_words(ranking: Ranking, num_patients: int) -> list[str]:
+    """What a user should know before believing the choice."""
+    warnings = []
+    undecided = ranking.undecided
+    if len(undecided) > 1:
+        names = ", ".join(c.label for c in undecided)
+        warnings.append(
+            f"The score cannot tell {len(undecided)} of {len(ranking.checkpoints)} checkpoints apart ({names}): "
+            "choosing the best score among them is close to a guess."
+        )
+    if not ranking.better(ranking.chosen, ranking.random):
+        warnings.append(
+            "No checkpoint scores better than the random initialisation of the same encoder. Compare with training "
+            "from scratch (-tr MTLTrainerScratch)."
+        )
+    if num_patients < FEW_PATIENTS:
+        warnings.append(f"Only {num_patients} patients were read: intervals from so few are too narrow.")
+    return warnings
+
+
+def draw_ranking(ranking: Ranking, dataset: str, path: Path) -> None:
+    """Score over epochs with intervals, the yardsticks, and the accuracy that the run logged, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = ranking.checkpoints
+    dated = all(r.checkpoint is not None and r.checkpoint.epoch is not None for r in rows)
+    x = [float(r.checkpoint.epoch) if dated and r.checkpoint else float(i) for i, r in enumerate(rows)]  # type: ignore[arg-type]
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    values = [r.value for r in rows]
+    errors = [[max(0.0, r.value - r.low) for r in rows], [max(0.0, r.high - r.value) for r in rows]]
+    axes.errorbar(x, values, yerr=errors, color="#1f5a99", marker="o", capsize=3, label=f"{ranking.score.name} score, 95 % interval")
+    best = ranking.best
+    axes.plot([x[best]], [values[best]], marker="*", markersize=18, color="#c8472b", linestyle="none", label=f"chosen: {rows[best].label}")
+    axes.axhline(ranking.random.value, color="#666666", linestyle="--", label="random initialisation")
+    axes.axhspan(ranking.random.low, ranking.random.high, color="#666666", alpha=0.12, linewidth=0)
+    axes.set_ylabel(f"{ranking.score.name} ({'higher' if ranking.score.higher_is_better else 'lower'} is better)")
+    axes.set_title(f"{ranking.encoder} on {dataset}")
+    if dated:
+        axes.set_xlabel("pretraining epoch")
+    else:
+        axes.set_xticks(x, [r.label for r in rows], rotation=30, ha="right")
+    handles, labels = axes.get_legend_handles_labels()
+    logged = [(xi, r.checkpoint.logged_accuracy) for xi, r in zip(x, rows, strict=True) if r.checkpoint]
+    logged = [(xi, a) for xi, a in logged if a is not None]
+    if logged:
+        twin = axes.twinx()
+        twin.plot(*zip(*logged, strict=True), color="#999999", marker=".", linestyle=":", label="ImageNet top-1 (logged)")
+        twin.set_ylabel("ImageNet top-1 (%)", color="#777777")
+        more_handles, more_labels = twin.get_legend_handles_labels()
+        handles, labels = handles + more_handles, labels + more_labels
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    figure.savefig(path, dpi=150, metadata={"Software": None})

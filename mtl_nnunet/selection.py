@@ -1,0 +1,256 @@
+"""The choice as files: written whole by the scorer, verified when training reads it again."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from mtl_nnunet import __version__
+from mtl_nnunet.cases import Dataset
+from mtl_nnunet.checkpoints import read_contents
+from mtl_nnunet.encoder import TimmEncoder
+from mtl_nnunet.errors import UserError
+from mtl_nnunet.files import folder_written_atomically, sha256, to_json, write_text
+from mtl_nnunet.ranking import INTERVAL, RankedCheckpoint, Ranking
+from mtl_nnunet.slices import Slices
+
+SCHEMA_VERSION = 1
+SELECTION_FILE = "selection.json"
+ENCODER_FILE = "encoder.safetensors"
+DEFAULT_FOLDER = "mtl_selection"
+PACKAGES = ("torch", "timm", "monai", "nnunetv2", "numpy", "scipy", "SimpleITK")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What training needs to know of a choice.
+
+    Attributes:
+        folder: Where it lies.
+        encoder: timm's name of the architecture.
+        input_channels: Channels of the dataset it was made for.
+        encoder_sha256: Hash of ``encoder.safetensors``; it is what tells one selection from another.
+        checkpoint: File name of the chosen checkpoint.
+        checkpoint_sha256: Hash of that file.
+        epoch: Its pretraining epoch, or None where the run did not say.
+        dataset: Name of the dataset it was chosen on.
+        score: Name, parameters and value of the score.
+        created_with: Version of mtl-nnunet that wrote it.
+    """
+
+    folder: Path
+    encoder: str
+    input_channels: int
+    encoder_sha256: str
+    checkpoint: str
+    checkpoint_sha256: str
+    epoch: int | None
+    dataset: str
+    score: dict[str, Any]
+    created_with: str
+
+    def record(self) -> dict[str, Any]:
+        """Everything but the folder, as it goes into the plans and every model trained from it."""
+        return {k: v for k, v in asdict(self).items() if k != "folder"}
+
+    @property
+    def summary(self) -> str:
+        """One line for logs."""
+        epoch = "epoch not stated" if self.epoch is None else f"epoch {self.epoch}"
+        return (
+            f"{self.encoder} from checkpoint {self.checkpoint} ({epoch}, SHA-256 {self.checkpoint_sha256[:12]}), "
+            f"encoder.safetensors SHA-256 {self.encoder_sha256[:12]}"
+        )
+
+
+def write_selection(
+    folder: str | Path,
+    ranking: Ranking,
+    dataset: Dataset,
+    slices: Slices,
+    seed: int,
+    command: Sequence[str],
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write ``selection.json``, ``encoder.safetensors``, ``ranking.csv`` and ``ranking.png``, all or nothing.
+
+    Args:
+        folder: Where to; its parents are made.
+        ranking: What was found.
+        dataset: On which dataset.
+        slices: On which slices.
+        seed: Seed of the run.
+        command: The command that repeats it.
+        overwrite: Replace a selection that is there.
+
+    Returns:
+        The content of ``selection.json``.
+
+    Raises:
+        UserError: The folder exists, is not a selection, or cannot be written.
+    """
+    from mtl_nnunet.report import draw_ranking, ranking_table
+
+    refuse_foreign_folder(folder, overwrite)
+    with folder_written_atomically(folder, overwrite) as temporary:
+        _write_encoder(temporary / ENCODER_FILE, ranking)
+        content = _content(ranking, dataset, slices, seed, command, sha256(temporary / ENCODER_FILE))
+        write_text(temporary / SELECTION_FILE, to_json(content))
+        write_text(temporary / "ranking.csv", ranking_table(ranking))
+        draw_ranking(ranking, dataset.name, temporary / "ranking.png")
+    return content
+
+
+def read_selection(folder: str | Path) -> Selection:
+    """Read a selection and verify that its encoder is the one that was chosen.
+
+    Raises:
+        UserError: No selection there, one of another version, or an encoder file that is gone or was altered.
+    """
+    folder = Path(folder)
+    path = folder / SELECTION_FILE
+    if not path.is_file():
+        raise UserError(f"no selection in {folder}. Run mtl-select-checkpoint for this dataset first.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version = content["schema_version"]
+        if version != SCHEMA_VERSION:
+            raise UserError(f"{path} has schema version {version}, this mtl-nnunet {__version__} reads {SCHEMA_VERSION}. Select again.")
+        chosen = content["choice"]
+        selection = Selection(
+            folder=folder,
+            encoder=content["encoder"]["name"],
+            input_channels=len(content["dataset"]["channel_names"]),
+            encoder_sha256=content["encoder"]["sha256"],
+            checkpoint=chosen["file"],
+            checkpoint_sha256=chosen["sha256"],
+            epoch=chosen["epoch"],
+            dataset=content["dataset"]["name"],
+            score={**content["score"], "value": chosen["value"]},
+            created_with=content["versions"]["mtl-nnunet"],
+        )
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is damaged ({error!r}). Run mtl-select-checkpoint again with --overwrite.") from error
+    encoder = folder / ENCODER_FILE
+    if not encoder.is_file():
+        raise UserError(f"{encoder} is gone, so this selection cannot be used. Run mtl-select-checkpoint again with --overwrite.")
+    if (found := sha256(encoder)) != selection.encoder_sha256:
+        raise UserError(
+            f"{encoder} is not the file that was selected: SHA-256 {found[:12]}, expected {selection.encoder_sha256[:12]}. "
+            "Run mtl-select-checkpoint again with --overwrite."
+        )
+    return selection
+
+
+def load_selected_encoder(selection: Selection, encoder: TimmEncoder) -> None:
+    """Load the selected weights into an encoder, strictly.
+
+    Raises:
+        UserError: The file cannot be read, or does not fit.
+    """
+    path = selection.folder / ENCODER_FILE
+    encoder.load_weights(read_contents(path).weights, str(path))
+
+
+def refuse_foreign_folder(folder: str | Path, overwrite: bool) -> None:
+    """Stop before any work if the results could not be put into ``folder``.
+
+    Raises:
+        UserError: It exists and ``overwrite`` is off, or it holds something that is not a selection.
+    """
+    folder = Path(folder)
+    if folder.exists() and not overwrite:
+        raise UserError(f"{folder} exists already. Pass --overwrite to replace it, or -o another folder.")
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / SELECTION_FILE).is_file())):
+        raise UserError(f"{folder} is not a selection, so it is not overwritten. Pass -o a folder that does not exist yet.")
+
+
+def _write_encoder(path: Path, ranking: Ranking) -> None:
+    checkpoint = ranking.chosen.checkpoint
+    assert checkpoint is not None
+    weights = TimmEncoder(ranking.encoder).own_part(read_contents(checkpoint.path).weights)
+    provenance = {
+        "architecture": ranking.encoder,
+        "checkpoint": checkpoint.path.name,
+        "checkpoint_sha256": checkpoint.sha256,
+        "epoch": checkpoint.epoch,
+    }
+    # one metadata entry: safetensors writes several in no fixed order, and the file's hash must repeat
+    save_file(weights, path, metadata={"mtl_nnunet": json.dumps(provenance, sort_keys=True)})
+
+
+def _content(
+    ranking: Ranking, dataset: Dataset, slices: Slices, seed: int, command: Sequence[str], encoder_sha256: str
+) -> dict[str, Any]:
+    used = [
+        {"name": c.name, "patient": c.patient, "sha256": list(c.sha256), "num_slices": c.num_slices} for c in slices.used
+    ]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(command),
+        "seed": seed,
+        "rule": "best score",
+        "choice": _entry(ranking.chosen),
+        "undecided": [c.label for c in ranking.undecided],
+        "score": {
+            "name": ranking.score.name,
+            "parameters": ranking.score.parameters,
+            "higher_is_better": ranking.score.higher_is_better,
+            "views": ranking.score.views,
+            "num_views": ranking.score.num_views,
+        },
+        "interval": {"percentiles": list(INTERVAL), "bootstrap": "patients"},
+        "checkpoints": [_entry(c) for c in ranking.checkpoints],
+        "random_initialisation": {"value": ranking.random.value, "low": ranking.random.low, "high": ranking.random.high},
+        "encoder": {
+            "name": ranking.encoder,
+            "file": ENCODER_FILE,
+            "sha256": encoder_sha256,
+            "not_loaded": list(ranking.chosen.not_loaded),
+        },
+        "dataset": {
+            "name": dataset.name,
+            "channel_names": list(dataset.channel_names),
+            "reader": dataset.reader,
+            "num_cases": len(dataset.cases),
+            "num_patients": dataset.num_patients,
+            "cases_used": used,
+        },
+        "slices": {
+            "shape": list(slices.images.shape),
+            "axis": slices.axis,
+            "spacing_mm": list(slices.spacing),
+            "normalization": list(slices.normalization),
+            "use_mask_for_norm": slices.use_mask_for_norm,
+            "intensity_properties": slices.intensities,
+        },
+        "versions": {"mtl-nnunet": __version__, **{p: importlib.metadata.version(p) for p in PACKAGES}},
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _entry(ranked: RankedCheckpoint) -> dict[str, Any]:
+    checkpoint = ranked.checkpoint
+    assert checkpoint is not None
+    return {
+        "file": checkpoint.path.name,
+        "folder": str(checkpoint.path.parent),
+        "epoch": checkpoint.epoch,
+        "format": checkpoint.kind,
+        "sha256": checkpoint.sha256,
+        "value": ranked.value,
+        "low": ranked.low,
+        "high": ranked.high,
+        "probability_of_best_score": ranked.probability_of_best_score,
+        "undecided": ranked.undecided,
+        "logged_accuracy": checkpoint.logged_accuracy,
+    }

@@ -1,0 +1,312 @@
+"""Volumes to 2D slices as nnU-Net's 2D configuration would see them, before any planning.
+
+The plane, the in-plane spacing, the cropping, the normalisation and the resampling are nnU-Net's own: a test compares
+the result with nnU-Net's preprocessed arrays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from joblib import Parallel, delayed
+from torch import Tensor
+from tqdm import tqdm
+
+from mtl_nnunet.cases import Case, Dataset, read_case, sampled_cases
+from mtl_nnunet.errors import UserError, listed
+
+# a slice whose intensities vary less than this share of its volume's is empty: nothing in it to embed
+EMPTY_SHARE = 0.1
+MIN_SIDE, MAX_SIDE, SIDE_MULTIPLE = 64, 512, 32
+# HU; without labels, the CT statistics are those of everything denser than air and lung
+BODY_THRESHOLD = -500.0
+FOREGROUND_SAMPLES = 10_000_000
+
+
+@dataclass(frozen=True)
+class UsedCase:
+    """A case that was read: its patient, the hashes of its image files and how many of its slices were taken."""
+
+    name: str
+    patient: str
+    sha256: tuple[str, ...]
+    num_slices: int
+
+
+@dataclass(frozen=True)
+class Slices:
+    """Slices of a dataset with where they came from.
+
+    Attributes:
+        images: Shape (N, C, H, W), float32, normalised, one in-plane spacing.
+        patients: Patient index of each slice, shape (N,), 0 to P - 1.
+        cases: Case name of each slice.
+        positions: Index of each slice along the slicing axis of the cropped volume.
+        axis: Slicing axis of the volume as nnU-Net reads it, (z, y, x).
+        spacing: In-plane spacing (row, column) in mm.
+        normalization: nnU-Net's scheme of each channel.
+        use_mask_for_norm: Whether nnU-Net normalises inside the nonzero region only.
+        intensities: nnU-Net's foreground intensity properties of each channel; empty unless a channel is CT.
+        used: The cases that were read, sorted by name.
+    """
+
+    images: Tensor
+    patients: np.ndarray
+    cases: tuple[str, ...]
+    positions: tuple[int, ...]
+    axis: int
+    spacing: tuple[float, float]
+    normalization: tuple[str, ...]
+    use_mask_for_norm: bool
+    intensities: dict[str, dict[str, float]]
+    used: tuple[UsedCase, ...]
+
+    @property
+    def num_patients(self) -> int:
+        """How many patients the slices are of."""
+        return int(self.patients.max()) + 1
+
+
+@dataclass(frozen=True)
+class _Extract:
+    """What is kept of a case: a few slices along one axis, and what the dataset's choices depend on."""
+
+    case: Case
+    sha256: tuple[str, ...]
+    axis: int
+    spacing: tuple[float, float, float]
+    relative_size: float
+    stacks: dict[bool, np.ndarray]
+    positions: tuple[int, ...]
+    taken: tuple[int, ...]
+    foreground: list[np.ndarray]
+
+
+def gather_slices(
+    dataset: Dataset, num_slices: int = 256, num_cases: int = 64, seed: int = 0, num_workers: int | None = None
+) -> Slices:
+    """Slices of a sample of cases, spread evenly over the cases, empty ones avoided.
+
+    Args:
+        dataset: Where from.
+        num_slices: How many slices at most.
+        num_cases: How many cases at most; each is read once.
+        seed: Decides which cases and slices.
+        num_workers: Threads that read; None for one a core, at most eight.
+
+    Returns:
+        Slices in the order of case names; the same for the same seed, whatever the number of workers.
+
+    Raises:
+        UserError: A case that is not fit for use, or slices of fewer than two patients.
+    """
+    cases = sampled_cases(dataset, min(num_cases, num_slices), seed)
+    quotas = _quotas(len(cases), num_slices, seed)
+    schemes = normalization_schemes(dataset.channel_names)
+    workers = num_workers or min(8, os.cpu_count() or 1)
+    jobs = [delayed(_extract)(case, dataset, quota, seed) for case, quota in zip(cases, quotas, strict=True)]
+    bar = tqdm(total=len(cases), desc="Reading cases", unit="case", file=sys.stderr)
+    # nnU-Net's readers print to stdout, which belongs to the result
+    with bar, open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        extracts = []
+        for extract in Parallel(n_jobs=workers, prefer="threads", return_as="generator")(jobs):
+            extracts.append(extract)
+            bar.update()
+        spacings = np.array([e.spacing for e in extracts])
+        median = np.percentile(spacings, 50, 0)
+        axis = int(np.argmax(median))
+        # the plane is known only now: a case sliced along another axis is read again
+        extracts = [
+            e if e.axis == axis else _extract(e.case, dataset, quota, seed, axis)
+            for e, quota in zip(extracts, quotas, strict=True)
+        ]
+    target = [float(median[i]) for i in range(3) if i != axis]
+    use_mask = bool(np.median([e.relative_size for e in extracts]) < 0.75)
+    intensities = _intensity_properties(extracts, schemes)
+    planes = [_finish(e, dataset, use_mask, intensities, target) for e in extracts]
+    thin = [e.case.name for e, p in zip(extracts, planes, strict=True) if min(p.shape[2:]) < 8]
+    if thin:
+        raise UserError(
+            f"the slices of {len(thin)} cases are fewer than 8 pixels wide ({listed(thin)}): nnU-Net slices along the axis "
+            f"of the largest spacing, here axis {axis} of (z, y, x) at {median[axis]:g} mm. Correct the spacing in the headers."
+        )
+    size = _common_size(planes)
+    images = torch.cat([_to_size(p, size) for p in planes])
+    names = sorted({e.case.patient for e in extracts})
+    if len(names) < 2:
+        raise UserError(
+            f"the {len(extracts)} sampled cases are of one patient ({names[0]}). At least two patients are needed, since "
+            "slices are compared between patients. Raise -num_cases or correct the table of patients."
+        )
+    index = {name: i for i, name in enumerate(names)}
+    return Slices(
+        images=images,
+        patients=np.array([index[e.case.patient] for e in extracts for _ in e.taken]),
+        cases=tuple(e.case.name for e in extracts for _ in e.taken),
+        positions=tuple(p for e in extracts for p in e.taken),
+        axis=axis,
+        spacing=(target[0], target[1]),
+        normalization=schemes,
+        use_mask_for_norm=use_mask,
+        intensities=intensities,
+        used=tuple(UsedCase(e.case.name, e.case.patient, e.sha256, len(e.taken)) for e in extracts),
+    )
+
+
+def _quotas(num_cases: int, num_slices: int, seed: int) -> list[int]:
+    quotas = np.full(num_cases, num_slices // num_cases)
+    lucky = np.random.default_rng(seed).permutation(num_cases)[: num_slices % num_cases]
+    quotas[lucky] += 1
+    return [int(q) for q in quotas]
+
+
+def normalization_schemes(channel_names: Sequence[str]) -> tuple[str, ...]:
+    """nnU-Net's normalisation scheme for each channel name of a dataset.json."""
+    from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
+
+    return tuple(get_normalization_scheme(name).__name__ for name in channel_names)
+
+
+def _extract(case: Case, dataset: Dataset, quota: int, seed: int, axis: int | None = None) -> _Extract:
+    from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
+
+    image = read_case(case, dataset.reader, len(dataset.channel_names))
+    axis = int(np.argmax(image.spacing)) if axis is None else axis
+    order = [0, *(i + 1 for i in _plane_first(axis))]
+    label = None if image.foreground is None else image.foreground[None].astype(np.int8).transpose(order)
+    voxels, mask, _ = crop_to_nonzero(image.voxels.transpose(order), label)
+    taken = _evenly(_not_empty(voxels), quota, np.random.default_rng([seed, zlib.crc32(case.name.encode())]))
+    # nnU-Net clips resampled values to the range of the whole volume: its extreme slices travel along
+    flat = voxels.reshape(*voxels.shape[:2], -1)
+    extremes = {int(s) for s in (*flat.min(2).argmin(1), *flat.max(2).argmax(1))}
+    positions = sorted(extremes.union(taken))
+    schemes = normalization_schemes(dataset.channel_names)
+    with_and_without_mask = (False, True) if "ZScoreNormalization" in schemes else (False,)
+    return _Extract(
+        case=case,
+        sha256=image.hashes,
+        axis=axis,
+        spacing=image.spacing,
+        relative_size=float(np.prod(voxels.shape[1:]) / np.prod(image.voxels.shape[1:])),
+        stacks={
+            use_mask: _normalize_volume(voxels, mask, dataset.channel_names, use_mask, case)[:, positions].copy()
+            for use_mask in with_and_without_mask
+        },
+        positions=tuple(positions),
+        taken=taken,
+        foreground=_foreground_samples(voxels, mask, label is not None, schemes, len(dataset.cases)),
+    )
+
+
+def _plane_first(axis: int) -> list[int]:
+    return [axis, *(i for i in range(3) if i != axis)]
+
+
+def _not_empty(voxels: np.ndarray) -> np.ndarray:
+    spread = voxels.reshape(*voxels.shape[:2], -1).std(2) / voxels.reshape(len(voxels), -1).std(1)[:, None]
+    return np.flatnonzero(spread.max(0) >= EMPTY_SHARE)
+
+
+def _evenly(candidates: np.ndarray, quota: int, rng: np.random.Generator) -> tuple[int, ...]:
+    if len(candidates) <= quota:
+        return tuple(int(c) for c in candidates)
+    steps = np.floor((np.arange(quota) + rng.random()) * len(candidates) / quota).astype(int)
+    return tuple(int(c) for c in candidates[steps])
+
+
+def _normalize_volume(
+    voxels: np.ndarray, mask: np.ndarray, channel_names: Sequence[str], use_mask: bool, case: Case
+) -> np.ndarray:
+    from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
+
+    normalized = np.array(voxels, dtype=np.float32)
+    for channel, name in enumerate(channel_names):
+        scheme = get_normalization_scheme(name)
+        # CT waits for the statistics of the whole dataset
+        if scheme.__name__ == "CTNormalization":
+            continue
+        honours_mask = scheme.leaves_pixels_outside_mask_at_zero_if_use_mask_for_norm_is_true
+        try:
+            normalizer = scheme(use_mask_for_norm=bool(use_mask and honours_mask), intensityproperties={})
+            normalized[channel] = normalizer.run(normalized[channel], mask[0])
+        except AssertionError as error:
+            raise UserError(
+                f"case {case.name}: channel {channel} ('{name}') cannot be normalised by nnU-Net's {scheme.__name__}: {error}. "
+                "Correct channel_names or the image."
+            ) from error
+    return normalized
+
+
+def _foreground_samples(
+    voxels: np.ndarray, mask: np.ndarray, labelled: bool, schemes: Sequence[str], num_cases: int
+) -> list[np.ndarray]:
+    if "CTNormalization" not in schemes:
+        return []
+    from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+
+    if not labelled:
+        mask = (voxels > BODY_THRESHOLD).any(0, keepdims=True)
+    samples, _ = DatasetFingerprintExtractor.collect_foreground_intensities(
+        mask, voxels, num_samples=FOREGROUND_SAMPLES // num_cases
+    )
+    return [np.asarray(s, dtype=np.float32) for s in samples]
+
+
+def _intensity_properties(extracts: Sequence[_Extract], schemes: Sequence[str]) -> dict[str, dict[str, float]]:
+    if "CTNormalization" not in schemes:
+        return {}
+    properties = {}
+    for channel in range(len(schemes)):
+        values = np.concatenate([e.foreground[channel] for e in extracts])
+        if not len(values):
+            raise UserError(
+                "CT is normalised by the intensities of the labelled foreground, and no sampled case has any. "
+                "Raise -num_cases, or check the labels."
+            )
+        low, median, high = np.percentile(values, (0.5, 50.0, 99.5))
+        statistics = (np.mean(values), median, np.std(values), np.min(values), np.max(values), high, low)
+        names = ("mean", "median", "std", "min", "max", "percentile_99_5", "percentile_00_5")
+        properties[str(channel)] = {k: float(v) for k, v in zip(names, statistics, strict=True)}
+    return properties
+
+
+def _finish(
+    extract: _Extract, dataset: Dataset, use_mask: bool, intensities: dict[str, dict[str, float]], target: Sequence[float]
+) -> Tensor:
+    from nnunetv2.preprocessing.normalization.default_normalization_schemes import CTNormalization
+    from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape, resample_data_or_seg_to_shape
+
+    stack = extract.stacks[use_mask and True in extract.stacks]
+    for channel, scheme in enumerate(normalization_schemes(dataset.channel_names)):
+        if scheme == "CTNormalization":
+            properties = intensities[str(channel)]
+            stack[channel] = CTNormalization(False, properties).run(stack[channel])
+    spacing = [extract.spacing[i] for i in _plane_first(extract.axis)]
+    target = [spacing[0], *target]
+    shape = compute_new_shape(stack.shape[1:], spacing, target)
+    resampled = resample_data_or_seg_to_shape(stack, shape, spacing, target, order=3, order_z=0, force_separate_z=None)
+    kept = [extract.positions.index(t) for t in extract.taken]
+    return torch.from_numpy(np.ascontiguousarray(resampled[:, kept].transpose(1, 0, 2, 3), dtype=np.float32))
+
+
+def _common_size(planes: Sequence[Tensor]) -> tuple[int, int]:
+    medians = [float(np.median([p.shape[axis] for p in planes])) for axis in (2, 3)]
+    height, width = (
+        int(np.clip(np.ceil(m / SIDE_MULTIPLE) * SIDE_MULTIPLE, MIN_SIDE, MAX_SIDE)) for m in medians
+    )
+    return height, width
+
+
+def _to_size(images: Tensor, size: tuple[int, int]) -> Tensor:
+    from monai.transforms import ResizeWithPadOrCrop
+
+    # padding with 0 and cropping about the centre, as nnU-Net pads its patches
+    fitted = ResizeWithPadOrCrop(size)(images.flatten(0, 1))
+    return torch.as_tensor(fitted.as_tensor()).reshape(*images.shape[:2], *size)
