@@ -1,0 +1,97 @@
+"""``mtl-nnunet``: trainers, plans, demo."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from mtl_nnunet.cli.command import run
+from mtl_nnunet.errors import UserError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's options; nothing heavy is imported to build them."""
+    parser = argparse.ArgumentParser(prog="mtl-nnunet", description="Start nnU-Net from the right pretrained checkpoint.")
+    parser.add_argument("--verbose", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    trainers = commands.add_parser(
+        "trainers",
+        help="print the value for nnUNet_extTrainer",
+        description='Print the folder of our trainers, joined with what nnUNet_extTrainer names already: '
+        'export nnUNet_extTrainer="$(mtl-nnunet trainers)"',
+    )
+    trainers.set_defaults(command=print_trainers)
+
+    plans = commands.add_parser(
+        "plans",
+        help="write plans that start from a selection",
+        description="Write nnU-Net plans of another name whose 2D configurations start from a selection, so that several "
+        "selections can live side by side: nnUNetv2_train 4 2d 0 -tr MTLTrainer -p NAME. Nothing is preprocessed again.",
+    )
+    plans.add_argument("-d", required=True, metavar="DATASET", help="number or name of the dataset")
+    plans.add_argument("-p", default="nnUNetPlans", metavar="NAME", help="plans to start from (default: nnUNetPlans)")
+    plans.add_argument("-o", required=True, metavar="NAME", help="name of the new plans")
+    plans.add_argument("-selection", metavar="FOLDER", help="default: the dataset's mtl_selection")
+    plans.add_argument("--overwrite", action="store_true", help="replace plans of that name")
+    plans.set_defaults(command=make_plans)
+
+    demo = commands.add_parser(
+        "demo",
+        help="run the whole job on a small example",
+        description="Select, plan, train, predict and draw, on blocks of the MNI ICBM152 brain template and a miniature "
+        "ImageNet run. It shows how things fit together and says nothing about how well they work.",
+    )
+    demo.add_argument("-o", default="mtl_demo", metavar="FOLDER", help="where to write (default: mtl_demo)")
+    demo.add_argument("--overwrite", action="store_true", help="replace an earlier demo")
+    demo.set_defaults(command=run_demo)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    return run(build_parser(), argv, lambda args: args.command(args))
+
+
+def print_trainers(args: argparse.Namespace) -> None:
+    """Print our folder of trainers in front of those that ``nnUNet_extTrainer`` names already."""
+    ours = str(trainers_folder())
+    others = [p for p in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep) if p.strip() and p != ours]
+    print(os.pathsep.join([ours, *others]))
+
+
+def trainers_folder() -> Path:
+    """The folder that ``nnUNet_extTrainer`` must name: in the package, or beside it in a source checkout.
+
+    Raises:
+        UserError: The installation lacks it.
+    """
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package.parent / "trainers", package / "trainers"):
+        if (folder / "mtl_nnunet_trainers.py").is_file():
+            return folder
+    raise UserError(f"the folder of trainers is missing from {package}. Install mtl-nnunet again.")
+
+
+def make_plans(args: argparse.Namespace) -> None:
+    """Write plans of another name that start from a selection."""
+    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+
+    from mtl_nnunet.plans import write_plans
+
+    try:
+        name = maybe_convert_to_dataset_name(args.d)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"no dataset {args.d}: {error}") from error
+    print(f"written: {write_plans(name, args.p, args.o, args.selection, args.overwrite)}")
+    number = int(name[7:10])
+    print(f"next:\n  nnUNetv2_train {number} 2d 0 -tr MTLTrainer -p {args.o}")
+
+
+def run_demo(args: argparse.Namespace) -> None:
+    """Run the demonstration."""
+    from mtl_nnunet.demo import run_demo as run
+
+    run(Path(args.o), args.overwrite)
