@@ -119,7 +119,9 @@ def find_image_folder(path: str | Path, channel_names: Sequence[str] | None = No
     if datalist.suffix == ".json" and datalist.is_file():
         return _dataset_of_datalist(datalist, channel_names)
     if not path.is_dir():
-        raise UserError(f"no such folder or datalist: {path}. Pass a folder of images or a Decathlon dataset.json with -i.")
+        raise UserError(
+            f"no such folder or datalist: {path}. Pass a folder of images or a Decathlon dataset.json with -i."
+        )
     files = sorted(f for f in path.iterdir() if f.is_file() and f.name.lower().endswith(PLAIN_ENDINGS))
     if not files:
         raise UserError(f"no image in {path}: expected files ending in {', '.join(PLAIN_ENDINGS)}.")
@@ -157,7 +159,7 @@ def sampled_cases(dataset: Dataset, num_cases: int, seed: int) -> tuple[Case, ..
     cases = sorted(dataset.cases, key=lambda c: c.name)
     order = rng.permutation(len(cases))
     turn: dict[str, int] = {}
-    ranked = []
+    ranked: list[tuple[int, int, Case]] = []
     for i in order:
         patient = cases[i].patient
         turn[patient] = turn.get(patient, 0) + 1
@@ -229,7 +231,9 @@ def _raw_folder(dataset: str | int) -> Path:
         have = f"there are {listed(there)}" if there else "there is no dataset at all"
         raise UserError(f"no dataset {text} in nnUNet_raw ({raw}): {have}. Check -d.")
     if len(found) > 1:
-        raise UserError(f"several datasets have the number {text}: {listed([p.name for p in found])}. Rename all but one.")
+        raise UserError(
+            f"several datasets have the number {text}: {listed([p.name for p in found])}. Rename all but one."
+        )
     return found[0]
 
 
@@ -244,7 +248,8 @@ def _cases_in_folder(folder: Path, ending: str) -> tuple[Case, ...]:
     if not grouped:
         raise UserError(f"no image in {images}: expected files named CASE_0000{ending}.")
     return tuple(
-        Case(name, name, tuple(files), folder / "labelsTr" / f"{name}{ending}") for name, files in sorted(grouped.items())
+        Case(name, name, tuple(files), folder / "labelsTr" / f"{name}{ending}")
+        for name, files in sorted(grouped.items())
     )
 
 
@@ -253,7 +258,8 @@ def _listed_cases(folder: Path, description: dict[str, Any]) -> tuple[Case, ...]
 
     entries = get_filenames_of_train_images_and_targets(str(folder), description)
     return tuple(
-        Case(name, name, tuple(map(Path, entry["images"])), Path(entry["label"])) for name, entry in sorted(entries.items())
+        Case(name, name, tuple(map(Path, entry["images"])), Path(entry["label"]))
+        for name, entry in sorted(entries.items())
     )
 
 
@@ -275,7 +281,7 @@ def _read_with_nnunet(files: Sequence[Path], reader: str) -> tuple[np.ndarray, t
 
     try:
         voxels, properties = recursive_find_reader_writer_by_name(reader)().read_images([str(f) for f in files])
-    except Exception as error:  # noqa: BLE001 - each of nnU-Net's readers fails in its own way
+    except Exception as error:
         # nnU-Net says only on stdout that the channels do not fit together
         if len(files) > 1 and isinstance(error, RuntimeError) and not str(error):
             raise UserError(
@@ -294,9 +300,11 @@ def _read_with_monai(files: Sequence[Path], reader: str) -> tuple[np.ndarray, tu
     for file in files:
         natural = not file.name.lower().endswith((".nii", ".nii.gz"))
         try:
-            load = LoadImage(reader=PILReader() if natural else "NibabelReader", image_only=True, ensure_channel_first=True)
+            load = LoadImage(
+                reader=PILReader() if natural else "NibabelReader", image_only=True, ensure_channel_first=True
+            )
             image = load(str(file))
-        except Exception as error:  # noqa: BLE001 - each of MONAI's readers fails in its own way
+        except Exception as error:
             raise UserError(_unreadable(file)) from error
         voxels = np.asarray(image, dtype=np.float32)
         spacing = [1.0] * (voxels.ndim - 1) if natural else [float(s) for s in image.pixdim[: voxels.ndim - 1]]
@@ -368,7 +376,9 @@ def _refuse_missing_channels(cases: tuple[Case, ...], where: Path) -> None:
 
 def _require_two(cases: tuple[Case, ...], where: Path) -> None:
     if len(cases) < 2:
-        raise UserError(f"{where} holds {len(cases)} case. At least two are needed to compare slices of different patients.")
+        raise UserError(
+            f"{where} holds {len(cases)} case. At least two are needed to compare slices of different patients."
+        )
 
 
 def _read_json(path: Path, what: str) -> dict[str, Any]:
@@ -390,7 +400,12 @@ def _stem(name: str, endings: Sequence[str]) -> str:
 
 def _unreadable(*files: Path) -> str:
     broken = next((f for f in files if not f.is_file() or f.stat().st_size == 0), files[0])
-    state = "does not exist" if not broken.is_file() else "is empty" if broken.stat().st_size == 0 else "cannot be read as an image"
+    state = (
+        "does not exist"
+        if not broken.is_file()
+        else "is empty"
+        if broken.stat().st_size == 0
+        else "cannot be read as an image"
+    )
     named = str(broken) if len(files) == 1 or "cannot" not in state else f"one of {listed([str(f) for f in files])}"
     return f"{named} {state}: truncated, damaged or of another format. Replace the file, or leave its case out."
-

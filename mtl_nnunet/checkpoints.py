@@ -221,7 +221,7 @@ def _read_pickle(path: Path) -> Mapping[str, Any]:
                 "loading those could run code. Nothing in it was executed. Save it again as a plain state dict."
             ) from error
         raise UserError(_not_a_checkpoint(path)) from error
-    except Exception as error:  # noqa: BLE001 - a damaged file can fail anywhere in the unpickler
+    except Exception as error:
         raise UserError(_not_a_checkpoint(path)) from error
     if not isinstance(content, Mapping):
         raise UserError(f"checkpoint {path} holds a {type(content).__name__}, expected a dictionary of weights.")

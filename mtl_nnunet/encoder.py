@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from itertools import pairwise
+from typing import Any
 
 import timm
 import torch
@@ -40,7 +42,7 @@ class TimmEncoder(nn.Module):
         super().__init__()
         self.name = name
         self.input_channels = input_channels
-        self.timm = _feature_pyramid(name, input_channels)
+        self.timm: Any = _feature_pyramid(name, input_channels)
         self.output_channels: tuple[int, ...] = tuple(self.timm.feature_info.channels())
         self.reductions: tuple[int, ...] = tuple(self.timm.feature_info.reduction())
 
@@ -121,32 +123,43 @@ def random_encoder(name: str, input_channels: int, seed: int) -> TimmEncoder:
         return TimmEncoder(name, input_channels)
 
 
-def _feature_pyramid(name: str, input_channels: int) -> nn.Module:
+def _feature_pyramid(name: str, input_channels: int) -> Any:
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         meant = f" Did you mean {listed(close)}?" if close else ""
-        raise UserError(f"timm {timm.__version__} knows no encoder '{name}'.{meant} Pass one of its names: -encoder NAME.")
+        raise UserError(
+            f"timm {timm.__version__} knows no encoder '{name}'.{meant} Pass one of its names: -encoder NAME."
+        )
     no_pyramid = UserError(
         f"timm encoder '{name}' gives no feature pyramid of {MIN_LEVELS} or more levels, so it cannot be the encoder of "
         f"a U-Net. Use a {SUPPORTED}."
     )
-    options = {"pretrained": False, "features_only": True, "feature_cls": "getter", "in_chans": input_channels}
+    options = {
+        "pretrained": False,
+        "features_only": True,
+        "feature_cls": "getter",
+        "in_chans": input_channels,
+    }
     try:
         try:
             # transformers that check the image size against the one they were trained at
-            pyramid: nn.Module = timm.create_model(name, strict_img_size=False, **options)
+            pyramid: Any = timm.create_model(name, strict_img_size=False, **options)
         except TypeError:
             pyramid = timm.create_model(name, **options)
     except (RuntimeError, AttributeError, AssertionError, TypeError) as error:
         raise no_pyramid from error
     reductions: Sequence[int] = pyramid.feature_info.reduction()
-    grows = all(b > a and b % a == 0 for a, b in zip(reductions, reductions[1:], strict=False))
-    if not hasattr(getattr(pyramid, "model", None), "forward_intermediates") or len(reductions) < MIN_LEVELS or not grows:
+    grows = all(b > a and b % a == 0 for a, b in pairwise(reductions))
+    if (
+        not hasattr(getattr(pyramid, "model", None), "forward_intermediates")
+        or len(reductions) < MIN_LEVELS
+        or not grows
+    ):
         raise no_pyramid
     return pyramid
 
 
-def _first_convolutions(model: nn.Module) -> tuple[str, ...]:
+def _first_convolutions(model: Any) -> tuple[str, ...]:
     first = model.pretrained_cfg.get("first_conv") or ()
     return (first,) if isinstance(first, str) else tuple(first)
 

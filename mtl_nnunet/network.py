@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -100,4 +101,4 @@ def strides_of(encoder: TimmEncoder) -> list[list[int]]:
         [[1, 1], [4, 4], [2, 2], [2, 2], [2, 2]]
     """
     reductions = (1, *encoder.reductions)
-    return [[1, 1], *([b // a, b // a] for a, b in zip(reductions, reductions[1:], strict=False))]
+    return [[1, 1], *([b // a, b // a] for a, b in pairwise(reductions))]

@@ -75,7 +75,9 @@ def preprocessed_folder(dataset_name: str) -> Path:
     """
     root = os.environ.get("nnUNet_preprocessed")
     if not root:
-        raise UserError("the environment variable nnUNet_preprocessed is not set. Set it as nnU-Net's documentation says.")
+        raise UserError(
+            "the environment variable nnUNet_preprocessed is not set. Set it as nnU-Net's documentation says."
+        )
     return Path(root, dataset_name)
 
 
@@ -99,7 +101,11 @@ def selection_of(plans: dict[str, Any]) -> Selection:
 
 
 def write_plans(
-    dataset_name: str, plans_name: str, new_name: str, selection_folder: str | None = None, overwrite: bool = False
+    dataset_name: str,
+    plans_name: str,
+    new_name: str,
+    selection_folder: str | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Write plans of another name whose 2D configurations start from a selection.
 

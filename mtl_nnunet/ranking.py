@@ -94,7 +94,12 @@ class Ranking:
 
 
 def rank_checkpoints(
-    checkpoints: Sequence[Checkpoint], encoder: str, slices: Slices, score: Score, seed: int = 0, device: str = "cpu"
+    checkpoints: Sequence[Checkpoint],
+    encoder: str,
+    slices: Slices,
+    score: Score,
+    seed: int = 0,
+    device: str = "cpu",
 ) -> Ranking:
     """Score checkpoints of one architecture on the same slices and views.
 
@@ -166,12 +171,14 @@ def embed(encoder: TimmEncoder, images: Tensor, level: int, pooled: bool, device
     """
     levels = len(encoder.output_channels)
     if not (1 <= level <= levels or -levels <= level <= -1):
-        raise UserError(f"encoder '{encoder.name}' has no level {level}: it has levels 1 to {levels}, or -1 to -{levels}.")
+        raise UserError(
+            f"encoder '{encoder.name}' has no level {level}: it has levels 1 to {levels}, or -1 to -{levels}."
+        )
     index = level - 1 if level > 0 else level
     encoder = encoder.to(device).eval()
     embedded = []
     with torch.inference_mode():
-        for batch in images.split(BATCH_SIZE):
+        for batch in torch.split(images, BATCH_SIZE):
             try:
                 features = encoder(batch.to(device))[index]
             except (AssertionError, RuntimeError) as error:

@@ -16,7 +16,18 @@ def ranking_table(ranking: Ranking) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
-        ["epoch", "file", "score", "low", "high", "probability_of_best_score", "undecided", "chosen", "last", "logged_accuracy"]
+        [
+            "epoch",
+            "file",
+            "score",
+            "low",
+            "high",
+            "probability_of_best_score",
+            "undecided",
+            "chosen",
+            "last",
+            "logged_accuracy",
+        ]
     )
     for row in (*ranking.checkpoints, ranking.random):
         checkpoint = row.checkpoint
@@ -98,9 +109,25 @@ def draw_ranking(ranking: Ranking, dataset: str, path: Path) -> None:
     axes = figure.add_subplot()
     values = [r.value for r in rows]
     errors = [[max(0.0, r.value - r.low) for r in rows], [max(0.0, r.high - r.value) for r in rows]]
-    axes.errorbar(x, values, yerr=errors, color="#1f5a99", marker="o", capsize=3, label=f"{ranking.score.name} score, 95 % interval")
+    axes.errorbar(
+        x,
+        values,
+        yerr=errors,
+        color="#1f5a99",
+        marker="o",
+        capsize=3,
+        label=f"{ranking.score.name} score, 95 % interval",
+    )
     best = ranking.best
-    axes.plot([x[best]], [values[best]], marker="*", markersize=18, color="#c8472b", linestyle="none", label=f"chosen: {rows[best].label}")
+    axes.plot(
+        [x[best]],
+        [values[best]],
+        marker="*",
+        markersize=18,
+        color="#c8472b",
+        linestyle="none",
+        label=f"chosen: {rows[best].label}",
+    )
     axes.axhline(ranking.random.value, color="#666666", linestyle="--", label="random initialisation")
     axes.axhspan(ranking.random.low, ranking.random.high, color="#666666", alpha=0.12, linewidth=0)
     axes.set_ylabel(f"{ranking.score.name} ({'higher' if ranking.score.higher_is_better else 'lower'} is better)")
@@ -114,7 +141,13 @@ def draw_ranking(ranking: Ranking, dataset: str, path: Path) -> None:
     logged = [(xi, a) for xi, a in logged if a is not None]
     if logged:
         twin = axes.twinx()
-        twin.plot(*zip(*logged, strict=True), color="#999999", marker=".", linestyle=":", label="ImageNet top-1 (logged)")
+        twin.plot(
+            *zip(*logged, strict=True),
+            color="#999999",
+            marker=".",
+            linestyle=":",
+            label="ImageNet top-1 (logged)",
+        )
         twin.set_ylabel("ImageNet top-1 (%)", color="#777777")
         more_handles, more_labels = twin.get_legend_handles_labels()
         handles, labels = handles + more_handles, labels + more_labels

@@ -123,7 +123,9 @@ def read_selection(folder: str | Path) -> Selection:
         content = json.loads(path.read_text(encoding="utf-8"))
         version = content["schema_version"]
         if version != SCHEMA_VERSION:
-            raise UserError(f"{path} has schema version {version}, this mtl-nnunet {__version__} reads {SCHEMA_VERSION}. Select again.")
+            raise UserError(
+                f"{path} has schema version {version}, this mtl-nnunet {__version__} reads {SCHEMA_VERSION}. Select again."
+            )
         chosen = content["choice"]
         selection = Selection(
             folder=folder,
@@ -141,7 +143,9 @@ def read_selection(folder: str | Path) -> Selection:
         raise UserError(f"{path} is damaged ({error!r}). Run mtl-select-checkpoint again with --overwrite.") from error
     encoder = folder / ENCODER_FILE
     if not encoder.is_file():
-        raise UserError(f"{encoder} is gone, so this selection cannot be used. Run mtl-select-checkpoint again with --overwrite.")
+        raise UserError(
+            f"{encoder} is gone, so this selection cannot be used. Run mtl-select-checkpoint again with --overwrite."
+        )
     if (found := sha256(encoder)) != selection.encoder_sha256:
         raise UserError(
             f"{encoder} is not the file that was selected: SHA-256 {found[:12]}, expected {selection.encoder_sha256[:12]}. "
@@ -170,7 +174,9 @@ def refuse_foreign_folder(folder: str | Path, overwrite: bool) -> None:
     if folder.exists() and not overwrite:
         raise UserError(f"{folder} exists already. Pass --overwrite to replace it, or -o another folder.")
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / SELECTION_FILE).is_file())):
-        raise UserError(f"{folder} is not a selection, so it is not overwritten. Pass -o a folder that does not exist yet.")
+        raise UserError(
+            f"{folder} is not a selection, so it is not overwritten. Pass -o a folder that does not exist yet."
+        )
 
 
 def _write_encoder(path: Path, ranking: Ranking) -> None:
@@ -191,7 +197,8 @@ def _content(
     ranking: Ranking, dataset: Dataset, slices: Slices, seed: int, command: Sequence[str], encoder_sha256: str
 ) -> dict[str, Any]:
     used = [
-        {"name": c.name, "patient": c.patient, "sha256": list(c.sha256), "num_slices": c.num_slices} for c in slices.used
+        {"name": c.name, "patient": c.patient, "sha256": list(c.sha256), "num_slices": c.num_slices}
+        for c in slices.used
     ]
     return {
         "schema_version": SCHEMA_VERSION,
@@ -210,7 +217,11 @@ def _content(
         },
         "interval": {"percentiles": list(INTERVAL), "bootstrap": "patients"},
         "checkpoints": [_entry(c) for c in ranking.checkpoints],
-        "random_initialisation": {"value": ranking.random.value, "low": ranking.random.low, "high": ranking.random.high},
+        "random_initialisation": {
+            "value": ranking.random.value,
+            "low": ranking.random.low,
+            "high": ranking.random.high,
+        },
         "encoder": {
             "name": ranking.encoder,
             "file": ENCODER_FILE,

@@ -90,7 +90,11 @@ class _Extract:
 
 
 def gather_slices(
-    dataset: Dataset, num_slices: int = 256, num_cases: int = 64, seed: int = 0, num_workers: int | None = None
+    dataset: Dataset,
+    num_slices: int = 256,
+    num_cases: int = 64,
+    seed: int = 0,
+    num_workers: int | None = None,
 ) -> Slices:
     """Slices of a sample of cases, spread evenly over the cases, empty ones avoided.
 
@@ -169,7 +173,9 @@ def _quotas(num_cases: int, num_slices: int, seed: int) -> list[int]:
 
 def normalization_schemes(channel_names: Sequence[str]) -> tuple[str, ...]:
     """nnU-Net's normalisation scheme for each channel name of a dataset.json."""
-    from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
+    from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import (
+        get_normalization_scheme,
+    )
 
     return tuple(get_normalization_scheme(name).__name__ for name in channel_names)
 
@@ -224,7 +230,9 @@ def _evenly(candidates: np.ndarray, quota: int, rng: np.random.Generator) -> tup
 def _normalize_volume(
     voxels: np.ndarray, mask: np.ndarray, channel_names: Sequence[str], use_mask: bool, case: Case
 ) -> np.ndarray:
-    from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
+    from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import (
+        get_normalization_scheme,
+    )
 
     normalized = np.array(voxels, dtype=np.float32)
     for channel, name in enumerate(channel_names):
@@ -249,10 +257,12 @@ def _foreground_samples(
 ) -> list[np.ndarray]:
     if "CTNormalization" not in schemes:
         return []
-    from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+    from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import (
+        DatasetFingerprintExtractor,
+    )
 
     if not labelled:
-        mask = (voxels > BODY_THRESHOLD).any(0, keepdims=True)
+        mask = np.asarray((voxels > BODY_THRESHOLD).any(0, keepdims=True))
     samples, _ = DatasetFingerprintExtractor.collect_foreground_intensities(
         mask, voxels, num_samples=FOREGROUND_SAMPLES // num_cases
     )
@@ -278,10 +288,17 @@ def _intensity_properties(extracts: Sequence[_Extract], schemes: Sequence[str]) 
 
 
 def _finish(
-    extract: _Extract, dataset: Dataset, use_mask: bool, intensities: dict[str, dict[str, float]], target: Sequence[float]
+    extract: _Extract,
+    dataset: Dataset,
+    use_mask: bool,
+    intensities: dict[str, dict[str, float]],
+    target: Sequence[float],
 ) -> Tensor:
     from nnunetv2.preprocessing.normalization.default_normalization_schemes import CTNormalization
-    from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape, resample_data_or_seg_to_shape
+    from nnunetv2.preprocessing.resampling.default_resampling import (
+        compute_new_shape,
+        resample_data_or_seg_to_shape,
+    )
 
     stack = extract.stacks[use_mask and True in extract.stacks]
     for channel, scheme in enumerate(normalization_schemes(dataset.channel_names)):
@@ -298,9 +315,7 @@ def _finish(
 
 def _common_size(planes: Sequence[Tensor]) -> tuple[int, int]:
     medians = [float(np.median([p.shape[axis] for p in planes])) for axis in (2, 3)]
-    height, width = (
-        int(np.clip(np.ceil(m / SIDE_MULTIPLE) * SIDE_MULTIPLE, MIN_SIDE, MAX_SIDE)) for m in medians
-    )
+    height, width = (int(np.clip(np.ceil(m / SIDE_MULTIPLE) * SIDE_MULTIPLE, MIN_SIDE, MAX_SIDE)) for m in medians)
     return height, width
 
 

@@ -50,14 +50,14 @@ class MTLTrainer(nnUNetTrainer):
         self.selection: Selection | None = None
         self.resuming = False
         record = self._selected(plans, configuration, fold, dataset_json)
-        plans = with_timm_unet(plans, configuration, {**record, "trainer": type(self).__name__, "trained_with": __version__})
+        plans = with_timm_unet(
+            plans, configuration, {**record, "trainer": type(self).__name__, "trained_with": __version__}
+        )
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.initial_lr = 1e-3
         self.weight_decay = 1e-2
         self.warmup_epochs = 10
-        self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = _iterations(
-            self.num_iterations_per_epoch, self.num_val_iterations_per_epoch
-        )
+        self._set_iterations()
 
     def initialize(self) -> None:
         """Build the network and, unless a checkpoint follows, load the selected encoder into it."""
@@ -202,14 +202,31 @@ class MTLTrainer(nnUNetTrainer):
         finally:
             temporary.unlink(missing_ok=True)
         begun = _read_record(folder)
-        if begun is None or begun["encoder_sha256"] != record["encoder_sha256"]:
-            raise UserError(_other_selection(folder, begun and begun["encoder_sha256"], record["encoder_sha256"]))
+        begun_from = str(begun["encoder_sha256"]) if begun else None
+        if begun_from != record["encoder_sha256"]:
+            raise UserError(_other_selection(folder, begun_from, record["encoder_sha256"]))
+
+    def _set_iterations(self) -> None:
+        """Iterations per epoch from the environment: the way to train on a CPU without a class of one's own."""
+        text = os.environ.get(ITERATIONS_VARIABLE)
+        if not text:
+            return
+        numbers = text.split(",")
+        if not 1 <= len(numbers) <= 2 or not all(n.strip().isdigit() and int(n) > 0 for n in numbers):
+            raise UserError(
+                f"{ITERATIONS_VARIABLE}={text} is not valid. Expected iterations per epoch, e.g. 50 or 50,10 "
+                "(training,validation)."
+            )
+        self.num_iterations_per_epoch = int(numbers[0])
+        self.num_val_iterations_per_epoch = int(numbers[-1]) if len(numbers) > 1 else max(1, int(numbers[0]) // 5)
 
     def _warmup(self) -> int:
-        return min(self.warmup_epochs, self.num_epochs // 10)
+        return int(min(self.warmup_epochs, self.num_epochs // 10))
 
-    def _bare_network(self) -> nn.Module:
-        network: Any = self.network.module if isinstance(self.network, nn.parallel.DistributedDataParallel) else self.network
+    def _bare_network(self) -> Any:
+        network: Any = (
+            self.network.module if isinstance(self.network, nn.parallel.DistributedDataParallel) else self.network
+        )
         return getattr(network, "_orig_mod", network)
 
 
@@ -242,8 +259,8 @@ class EpochwiseLR(LambdaLR):
         def factor(epoch: int) -> float:
             if epoch < warmup_epochs:
                 return (epoch + 1) / (warmup_epochs + 1)
-            remaining: float = max(0.0, 1 - (epoch - warmup_epochs) / (num_epochs - warmup_epochs))
-            return remaining**0.9
+            remaining = max(0.0, 1 - (epoch - warmup_epochs) / (num_epochs - warmup_epochs))
+            return float(remaining**0.9)
 
         super().__init__(optimizer, factor)
 
@@ -270,7 +287,11 @@ def _short(trainer: type[MTLTrainer], epochs: int) -> type[MTLTrainer]:
         trainer.__init__(self, plans, configuration, fold, dataset_json, device)
         self.num_epochs = epochs
 
-    return type(name, (trainer,), {"__init__": __init__, "__module__": __name__, "__doc__": f"{trainer.__name__} for {epochs} epochs."})
+    return type(
+        name,
+        (trainer,),
+        {"__init__": __init__, "__module__": __name__, "__doc__": f"{trainer.__name__} for {epochs} epochs."},
+    )
 
 
 MTLTrainer_1epoch = _short(MTLTrainer, 1)
@@ -293,7 +314,7 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        record["encoder_sha256"], record["encoder"], record["input_channels"]  # noqa: B018
+        record["encoder_sha256"], record["encoder"], record["input_channels"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged ({error!r}). Delete the model folder, or restore the file.") from error
     return record
@@ -316,17 +337,6 @@ def _read_checkpoint(filename: str) -> dict[str, Any]:
             "trainer: delete it to start this fold again."
         ) from error
     return checkpoint
-
-
-def _iterations(train: int, validation: int) -> tuple[int, int]:
-    text = os.environ.get(ITERATIONS_VARIABLE)
-    if not text:
-        return train, validation
-    numbers = text.split(",")
-    if not 1 <= len(numbers) <= 2 or not all(n.strip().isdigit() and int(n) > 0 for n in numbers):
-        raise UserError(f"{ITERATIONS_VARIABLE}={text} is not valid. Expected iterations per epoch, e.g. 50 or 50,10 (training,validation).")
-    train = int(numbers[0])
-    return train, int(numbers[1]) if len(numbers) > 1 else max(1, round(train / 5))
 
 
 def _plain(value: Any) -> Any:

@@ -58,7 +58,8 @@ def paper_view(images: Tensor, seed: int, view: int) -> Tensor:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_derived_seed(seed, view))
         jittered = ColorJitter(brightness=0.1, contrast=0.05, saturation=0.1, hue=0.05)(in_range)
-    return jittered.reshape(images.shape) * width + low
+    view_in_range: Tensor = jittered.reshape(images.shape)
+    return view_in_range * width + low
 
 
 def scanner_view(images: Tensor, seed: int, view: int) -> Tensor:

@@ -13,14 +13,16 @@ from mtl_nnunet.errors import UserError
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's options; nothing heavy is imported to build them."""
-    parser = argparse.ArgumentParser(prog="mtl-nnunet", description="Start nnU-Net from the right pretrained checkpoint.")
+    parser = argparse.ArgumentParser(
+        prog="mtl-nnunet", description="Start nnU-Net from the right pretrained checkpoint."
+    )
     parser.add_argument("--verbose", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     trainers = commands.add_parser(
         "trainers",
         help="print the value for nnUNet_extTrainer",
-        description='Print the folder of our trainers, joined with what nnUNet_extTrainer names already: '
+        description="Print the folder of our trainers, joined with what nnUNet_extTrainer names already: "
         'export nnUNet_extTrainer="$(mtl-nnunet trainers)"',
     )
     trainers.set_defaults(command=print_trainers)

@@ -22,15 +22,28 @@ def build_parser() -> argparse.ArgumentParser:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("-d", metavar="DATASET", help="number or name of a dataset in nnUNet_raw, e.g. 4")
     source.add_argument("-i", metavar="FOLDER", help="folder of images, or Decathlon/MONAI datalist, without nnU-Net")
-    parser.add_argument("-ckpt", nargs="+", required=True, metavar="PATH", help="folder of a pretraining run, or its files")
+    parser.add_argument(
+        "-ckpt", nargs="+", required=True, metavar="PATH", help="folder of a pretraining run, or its files"
+    )
     parser.add_argument("-encoder", metavar="NAME", help="timm's name of the encoder, where the checkpoints do not say")
-    parser.add_argument("-o", metavar="FOLDER", help="where to write; default with -d: the dataset's folder in nnUNet_preprocessed")
+    parser.add_argument(
+        "-o",
+        metavar="FOLDER",
+        help="where to write; default with -d: the dataset's folder in nnUNet_preprocessed",
+    )
     parser.add_argument("-score", default="contrastive", metavar="NAME", help="score to rank by (default: contrastive)")
     parser.add_argument("-num_slices", type=_positive, default=256, metavar="N", help="slices at most (default: 256)")
     parser.add_argument("-num_cases", type=_positive, default=64, metavar="N", help="cases read at most (default: 64)")
     parser.add_argument("-patients", metavar="CSV", help="table case,patient; default: every case is a patient")
-    parser.add_argument("-channel_names", nargs="+", metavar="NAME", help="with -i: channels as in nnU-Net's dataset.json, e.g. CT")
-    parser.add_argument("-seed", type=_seed, default=0, metavar="N", help="seed of slices, views and bootstrap (default: 0)")
+    parser.add_argument(
+        "-channel_names",
+        nargs="+",
+        metavar="NAME",
+        help="with -i: channels as in nnU-Net's dataset.json, e.g. CT",
+    )
+    parser.add_argument(
+        "-seed", type=_seed, default=0, metavar="N", help="seed of slices, views and bootstrap (default: 0)"
+    )
     parser.add_argument("-device", choices=("cpu", "cuda", "mps"), help="default: cuda where there is one, else cpu")
     parser.add_argument("--overwrite", action="store_true", help="replace a selection that is there")
     parser.add_argument("--json", action="store_true", help="print selection.json on stdout instead of the table")
@@ -91,8 +104,7 @@ def select(args: argparse.Namespace) -> None:
         print(
             "next:\n"
             f"  nnUNetv2_plan_and_preprocess -d {number} -c 2d\n"
-            f"  nnUNetv2_train {number} 2d 0 -tr MTLTrainer"
-            + ("" if device == "cuda" else f" -device {device}")
+            f"  nnUNetv2_train {number} 2d 0 -tr MTLTrainer" + ("" if device == "cuda" else f" -device {device}")
         )
 
 
@@ -106,7 +118,9 @@ def _default_folder(dataset_argument: str | None, dataset_name: str) -> str:
         raise UserError("-i needs -o FOLDER: there is no nnU-Net folder to write to.")
     preprocessed = os.environ.get("nnUNet_preprocessed")
     if not preprocessed:
-        raise UserError("the environment variable nnUNet_preprocessed is not set. Set it as nnU-Net's documentation says, or pass -o FOLDER.")
+        raise UserError(
+            "the environment variable nnUNet_preprocessed is not set. Set it as nnU-Net's documentation says, or pass -o FOLDER."
+        )
     return os.path.join(preprocessed, dataset_name, DEFAULT_FOLDER)
 
 
@@ -133,7 +147,16 @@ def _command(args: argparse.Namespace, device: str) -> list[str]:
             words += [f"-{name}", getattr(args, name)]
     if args.channel_names:
         words += ["-channel_names", *args.channel_names]
-    words += ["-score", args.score, "-num_slices", args.num_slices, "-num_cases", args.num_cases, "-seed", args.seed]
+    words += [
+        "-score",
+        args.score,
+        "-num_slices",
+        args.num_slices,
+        "-num_cases",
+        args.num_cases,
+        "-seed",
+        args.seed,
+    ]
     return [shlex.quote(str(w)) for w in (*words, "-device", device)]
 
 

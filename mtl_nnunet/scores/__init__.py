@@ -11,6 +11,7 @@ import torch
 
 from mtl_nnunet.errors import UserError, listed
 from mtl_nnunet.scores import contrastive, robustness
+from mtl_nnunet.scores.distances import DISTANCES
 
 Statistic = Callable[[np.ndarray], np.ndarray]
 """Patient multiplicities, shape (B, P), to the score of each resampled dataset, shape (B,)."""
@@ -108,8 +109,8 @@ def _parse_value(score: str, key: str, text: str, default: Any) -> Any:
             raise UserError(f"{problem}; expected yes or no.")
         return text.lower() in ("yes", "true")
     if key == "distance":
-        if text not in robustness.DISTANCES:
-            raise UserError(f"{problem}; expected one of {listed(sorted(robustness.DISTANCES))}.")
+        if text not in DISTANCES:
+            raise UserError(f"{problem}; expected one of {listed(sorted(DISTANCES))}.")
         return text
     try:
         value = type(default)(text)

@@ -104,6 +104,7 @@ def statistic(views: Tensor, patients: np.ndarray, distance: str) -> Callable[[n
     def of(multiplicities: np.ndarray) -> np.ndarray:
         trials = ((multiplicities @ made) * multiplicities).sum(1)
         wins = ((multiplicities @ won) * multiplicities).sum(1)
-        return np.divide(wins, trials, out=np.full(len(trials), np.nan), where=trials > 0)
+        scores: np.ndarray = np.divide(wins, trials, out=np.full(len(trials), np.nan), where=trials > 0)
+        return scores
 
     return of

@@ -90,7 +90,10 @@ def pairwise(distance: str, x: Tensor, y: Tensor) -> Tensor:
     if distance == "pearson":
         x, y = x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
     tiny = torch.finfo(torch.float64).tiny
-    return 1 - (x / x.norm(dim=1, keepdim=True).clamp_min(tiny)) @ (y / y.norm(dim=1, keepdim=True).clamp_min(tiny)).T
+    x = x / x.norm(dim=1, keepdim=True).clamp_min(tiny)
+    y = y / y.norm(dim=1, keepdim=True).clamp_min(tiny)
+    distances: Tensor = 1 - x @ y.T
+    return distances
 
 
 DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -95,9 +95,7 @@ def robustness(view_a: Tensor, view_b: Tensor, margin: float = 0.5, distance: st
     return robustness_terms(view_a, view_b, margin, distance).mean()
 
 
-def statistic(
-    views: Tensor, patients: np.ndarray, margin: float, distance: str
-) -> Callable[[np.ndarray], np.ndarray]:
+def statistic(views: Tensor, patients: np.ndarray, margin: float, distance: str) -> Callable[[np.ndarray], np.ndarray]:
     """The robustness score as a function of how often each patient was drawn.
 
     An image counts as often as its patient was drawn; which image is its negative stays as published.
@@ -119,6 +117,7 @@ def statistic(
 
     def of(multiplicities: np.ndarray) -> np.ndarray:
         drawn = multiplicities @ counts
-        return np.divide(multiplicities @ sums, drawn, out=np.full(len(drawn), np.nan), where=drawn > 0)
+        scores: np.ndarray = np.divide(multiplicities @ sums, drawn, out=np.full(len(drawn), np.nan), where=drawn > 0)
+        return scores
 
     return of

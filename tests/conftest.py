@@ -1,0 +1,85 @@
+"""Small real-format inputs that every test file can build on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+import mtl_nnunet
+
+DEMO_RUN = Path(mtl_nnunet.__file__).parent / "demo_data" / "pretraining"
+REAL_DATA = Path(os.environ.get("MTL_TEST_DATA", "no such folder"))
+needs_real_data = pytest.mark.skipif(
+    not (REAL_DATA / "Dataset004_Hippocampus").is_dir(),
+    reason="MTL_TEST_DATA does not name the folder of real datasets",
+)
+
+
+@pytest.fixture(scope="session")
+def demo_run() -> Path:
+    """Folder of six checkpoints of a timm ``test_resnet``, epochs 0, 3, 8, 16, 25, 39."""
+    return DEMO_RUN
+
+
+@pytest.fixture
+def nnunet_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Empty nnUNet_raw, nnUNet_preprocessed and nnUNet_results below the returned folder, set in the environment."""
+    for name in ("raw", "preprocessed", "results"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
+    return tmp_path
+
+
+def phantom(shape: Sequence[int], seed: int, channels: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """An image (C, Z, Y, X) with a bright ball and a brighter core on textured ground, and its label (Z, Y, X)."""
+    rng = np.random.default_rng(seed)
+    grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, s) if s > 1 else np.zeros(1) for s in shape], indexing="ij"))
+    centre = rng.uniform(-0.25, 0.25, (len(shape), 1, 1, 1))
+    distance = np.sqrt(((grid - centre) ** 2).sum(0))
+    label = (distance < 0.6).astype(np.uint8) + (distance < 0.3).astype(np.uint8)
+    image = np.stack([100 + (40 + 10 * c) * label + 5 * grid[-1] for c in range(channels)])
+    return (image + rng.normal(0, 8, image.shape)).astype(np.float32), label
+
+
+def write_image(path: Path, voxels: np.ndarray, spacing: Sequence[float] = (1.0, 1.0, 1.0)) -> None:
+    """Write (Z, Y, X) voxels with a spacing in (z, y, x)."""
+    image = sitk.GetImageFromArray(voxels)
+    image.SetSpacing([float(s) for s in spacing][::-1])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(image, str(path))
+
+
+@pytest.fixture
+def make_dataset(nnunet_folders: Path) -> Callable[..., Path]:
+    """A function that writes an nnU-Net raw dataset of phantoms and returns its folder."""
+
+    def make(
+        number: int = 1,
+        num_cases: int = 6,
+        shape: Sequence[int] = (12, 40, 36),
+        spacing: Sequence[float] = (2.0, 1.0, 1.0),
+        channel_names: Sequence[str] = ("MRI",),
+        ending: str = ".nii.gz",
+    ) -> Path:
+        folder = nnunet_folders / "raw" / f"Dataset{number:03d}_Phantom"
+        for i in range(num_cases):
+            image, label = phantom(shape, seed=100 * number + i, channels=len(channel_names))
+            for c, voxels in enumerate(image):
+                write_image(folder / "imagesTr" / f"case_{i:02d}_{c:04d}{ending}", voxels, spacing)
+            write_image(folder / "labelsTr" / f"case_{i:02d}{ending}", label, spacing)
+        description = {
+            "channel_names": {str(c): name for c, name in enumerate(channel_names)},
+            "labels": {"background": 0, "ball": 1, "core": 2},
+            "numTraining": num_cases,
+            "file_ending": ending,
+        }
+        (folder / "dataset.json").write_text(json.dumps(description))
+        return folder
+
+    return make
