@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from mtl_nnunet.ranking import RankedCheckpoint, Ranking
 
@@ -153,3 +156,46 @@ def draw_ranking(ranking: Ranking, dataset: str, path: Path) -> None:
         handles, labels = handles + more_handles, labels + more_labels
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     figure.savefig(path, dpi=150, metadata={"Software": None})
+
+
+def draw_predictions(
+    rows: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray]], class_names: Sequence[str], path: Path
+) -> None:
+    """Image, truth and prediction side by side, one row a case, as a PNG.
+
+    Args:
+        rows: Name, image, truth and prediction of a slice, each (H, W), rows running from posterior to anterior.
+        class_names: Names of the labels 1, 2, ...
+        path: Where to.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    colours = ["#f2b134", "#2f7fc1", "#c8472b", "#4c9f70", "#8d5fb0"]
+    palette = ListedColormap(["#00000000", *(colours[i % len(colours)] for i in range(len(class_names)))])
+    figure = Figure(figsize=(7.5, 2.5 * len(rows) + 0.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(rows), 3, squeeze=False)
+    for axes, (name, image, truth, prediction) in zip(grid, rows, strict=True):
+        for panel, overlay in zip(axes, (None, truth, prediction), strict=True):
+            panel.imshow(image, cmap="gray", origin="lower")
+            if overlay is not None:
+                panel.imshow(
+                    overlay,
+                    cmap=palette,
+                    vmin=0,
+                    vmax=len(class_names),
+                    alpha=0.6,
+                    origin="lower",
+                    interpolation="nearest",
+                )
+            panel.set_xticks([])
+            panel.set_yticks([])
+        axes[0].set_ylabel(name, fontsize=8)
+    for panel, title in zip(grid[0], ("image", "truth", "prediction"), strict=True):
+        panel.set_title(title)
+    patches = [Patch(color=palette(i + 1), label=name) for i, name in enumerate(class_names)]
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(class_names), frameon=False)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,38 @@
+# One virtual environment for everything; VENV=/some/where puts it elsewhere.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-slow lint clean
+
+# the whole job on embedded data: about three minutes on two CPU cores after the installation
+demo: $(VENV)/.installed
+	$(BIN)/mtl-nnunet demo -o mtl_demo --overwrite
+
+# the default tests; MTL_TEST_DATA=FOLDER adds those on real datasets
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest
+
+# the end-to-end runs: select, plan, train, kill, resume, predict
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[demo]'
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --group dev
+	touch $@
+
+clean:
+	rm -rf $(VENV) mtl_demo build dist .pytest_cache .mypy_cache .ruff_cache
