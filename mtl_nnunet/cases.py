@@ -63,7 +63,7 @@ class Image:
         voxels: Shape (C, Z, Y, X), float32; a 2D image has Z = 1.
         spacing: Voxel size along (Z, Y, X) in mm.
         foreground: Where the label is above background, shape (Z, Y, X), or None without a label.
-        hashes: SHA-256 of each image file.
+        hashes: SHA-256 of each image file, then of the label file if there is one.
     """
 
     voxels: np.ndarray
@@ -207,7 +207,7 @@ def read_case(case: Case, reader: str, num_channels: int) -> Image:
                 f"(z, y, x; {case.label}). Resample the label onto the image, or leave the case out."
             )
         foreground = label[0] > 0
-    return Image(voxels, spacing, foreground, tuple(sha256(p) for p in case.images))
+    return Image(voxels, spacing, foreground, tuple(sha256(p) for p in (*case.images, *filter(None, [case.label]))))
 
 
 def _raw_folder(dataset: str | int) -> Path:

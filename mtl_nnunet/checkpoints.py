@@ -9,7 +9,7 @@ import re
 import zipfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +65,8 @@ class Contents:
 def find_checkpoints(paths: Sequence[str | Path]) -> list[Checkpoint]:
     """Checkpoints of a run, in the order of their epochs.
 
-    In a folder, ``last`` and ``model_best`` of timm's ``train.py`` are copies of an epoch: they count only where no
-    other file has that epoch.
+    ``last`` and ``model_best`` of timm's ``train.py`` are copies of an epoch: they count only where no other file has that
+    epoch. What a file does not say of itself is taken from ``args.yaml`` and ``summary.csv`` beside it.
 
     Args:
         paths: Folders of a run, files, or both.
@@ -77,14 +77,15 @@ def find_checkpoints(paths: Sequence[str | Path]) -> list[Checkpoint]:
     Raises:
         UserError: Nothing found, a file that cannot be read, two files of one epoch, or two architectures.
     """
-    found: list[Checkpoint] = []
+    files: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            found += _checkpoints_of_folder(path)
+            files += _files_of_run(path)
         elif path.is_file():
-            found.append(_describe(path))
+            files.append(path)
         else:
             raise UserError(f"no such checkpoint file or folder: {path}. Pass a run's folder or its files with -ckpt.")
+    found = _without_copies([_describe(file) for file in files])
     _refuse_repeated_epochs(found)
     _refuse_mixed_architectures(found)
     return sorted(found, key=lambda c: (c.epoch is None, c.epoch or 0, str(c.path)))
@@ -149,7 +150,7 @@ def epoch_in_name(name: str) -> int | None:
     return None
 
 
-def _checkpoints_of_folder(folder: Path) -> list[Checkpoint]:
+def _files_of_run(folder: Path) -> list[Path]:
     files = sorted(f for f in folder.iterdir() if f.is_file() and f.name.endswith(SUFFIXES) and f.name[0] != ".")
     if not files:
         inside = sorted(d.name for d in folder.iterdir() if d.is_dir() and any(d.glob("*.p*t*")))
@@ -158,34 +159,31 @@ def _checkpoints_of_folder(folder: Path) -> list[Checkpoint]:
             f"no checkpoint in {folder}: expected files ending in {', '.join(SUFFIXES)}.{hint} "
             "Pass the folder that the run wrote its checkpoints to."
         )
-    accuracy = _logged_accuracy(folder / "summary.csv")
-    architecture = _architecture_of_run(folder / "args.yaml")
-    found = [
-        replace(
-            described,
-            architecture=described.architecture or architecture,
-            logged_accuracy=accuracy.get(described.epoch) if described.epoch is not None else None,
-        )
-        for described in map(_describe, files)
-    ]
-    epochs = {c.epoch for c in found if not _is_copy(c)}
-    kept = []
-    for checkpoint in found:
-        if _is_copy(checkpoint) and checkpoint.epoch in epochs:
-            continue
-        if _is_copy(checkpoint):
-            epochs.add(checkpoint.epoch)
-        kept.append(checkpoint)
-    return kept
-
-
-def _is_copy(checkpoint: Checkpoint) -> bool:
-    return checkpoint.path.name.startswith(("last.", "model_best.")) and checkpoint.epoch is not None
+    return files
 
 
 def _describe(path: Path) -> Checkpoint:
     contents = read_contents(path)
-    return Checkpoint(path, contents.epoch, contents.architecture, contents.kind, sha256(path))
+    accuracy = _logged_accuracy(path.parent / "summary.csv")
+    return Checkpoint(
+        path=path,
+        epoch=contents.epoch,
+        architecture=contents.architecture or _architecture_of_run(path.parent / "args.yaml"),
+        kind=contents.kind,
+        sha256=sha256(path),
+        logged_accuracy=accuracy.get(contents.epoch) if contents.epoch is not None else None,
+    )
+
+
+def _without_copies(checkpoints: list[Checkpoint]) -> list[Checkpoint]:
+    def is_copy(checkpoint: Checkpoint) -> bool:
+        return checkpoint.path.name.startswith(("last.", "model_best.")) and checkpoint.epoch is not None
+
+    kept = [c for c in checkpoints if not is_copy(c)]
+    for checkpoint in filter(is_copy, checkpoints):
+        if checkpoint.epoch not in {c.epoch for c in kept}:
+            kept.append(checkpoint)
+    return kept
 
 
 def _refuse_repeated_epochs(checkpoints: list[Checkpoint]) -> None:

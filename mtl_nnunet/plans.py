@@ -50,18 +50,18 @@ def with_timm_unet(plans: dict[str, Any], configuration: str, record: dict[str, 
             "Use -c 2d, or nnU-Net's own trainer."
         )
     encoder = TimmEncoder(record["encoder"], record["input_channels"])
+    arch_kwargs = {"encoder": record["encoder"], "strides": strides_of(encoder), "n_conv_per_stage_decoder": 2}
+    if resolved.network_arch_class_name == NETWORK:
+        # plans that somebody wrote for TimmUNet may widen its stem or deepen its decoder
+        arch_kwargs = {
+            **resolved.network_arch_init_kwargs,
+            "encoder": record["encoder"],
+            "strides": strides_of(encoder),
+        }
     changed = deepcopy(plans)
     changed["configurations"][configuration].update(
         patch_size=[_round_up(int(s), encoder.reductions[-1]) for s in resolved.patch_size],
-        architecture={
-            "network_class_name": NETWORK,
-            "arch_kwargs": {
-                "encoder": record["encoder"],
-                "strides": strides_of(encoder),
-                "n_conv_per_stage_decoder": 2,
-            },
-            "_kw_requires_import": [],
-        },
+        architecture={"network_class_name": NETWORK, "arch_kwargs": arch_kwargs, "_kw_requires_import": []},
     )
     changed[RECORD_KEY] = record
     return changed

@@ -129,7 +129,7 @@ def draw_ranking(ranking: Ranking, dataset: str, path: Path) -> None:
         markersize=18,
         color="#c8472b",
         linestyle="none",
-        label=f"chosen: {rows[best].label}",
+        label=f"chosen: {'epoch ' if dated else ''}{rows[best].label}",
     )
     axes.axhline(ranking.random.value, color="#666666", linestyle="--", label="random initialisation")
     axes.axhspan(ranking.random.low, ranking.random.high, color="#666666", alpha=0.12, linewidth=0)

@@ -32,7 +32,7 @@ FOREGROUND_SAMPLES = 10_000_000
 
 @dataclass(frozen=True)
 class UsedCase:
-    """A case that was read: its patient, the hashes of its image files and how many of its slices were taken."""
+    """A case that was read: its patient, the hashes of its image files (and label) and how many of its slices were taken."""
 
     name: str
     patient: str
@@ -322,6 +322,6 @@ def _common_size(planes: Sequence[Tensor]) -> tuple[int, int]:
 def _to_size(images: Tensor, size: tuple[int, int]) -> Tensor:
     from monai.transforms import ResizeWithPadOrCrop
 
-    # padding with 0 and cropping about the centre, as nnU-Net pads its patches
-    fitted = ResizeWithPadOrCrop(size)(images.flatten(0, 1))
+    # mirrored at the border: a frame of zeros would tell patients apart by the size of their volumes
+    fitted = ResizeWithPadOrCrop(size, mode="symmetric")(images.flatten(0, 1))
     return torch.as_tensor(fitted.as_tensor()).reshape(*images.shape[:2], *size)

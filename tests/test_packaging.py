@@ -36,7 +36,8 @@ def test_trainers_of_an_installed_wheel_are_found_by_nnunet(wheel: Path, tmp_pat
     subprocess.run(
         [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)], check=True
     )
-    environment = {**os.environ, "PYTHONPATH": str(site)}
+    inherited = {k: v for k, v in os.environ.items() if k != "nnUNet_extTrainer"}
+    environment = {**inherited, "PYTHONPATH": str(site)}
     printed = subprocess.run(
         [sys.executable, "-c", "from mtl_nnunet.cli.main import main; main(['trainers'])"],
         env=environment, check=True, capture_output=True, text=True, cwd=tmp_path,

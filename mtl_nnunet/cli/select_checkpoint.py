@@ -100,12 +100,19 @@ def select(args: argparse.Namespace) -> None:
     print(ranking_text(ranking))
     print(f"\nwritten: {folder} (selection.json, encoder.safetensors, ranking.csv, ranking.png)")
     if args.d:
-        number = int(dataset.name[7:10])
-        print(
-            "next:\n"
-            f"  nnUNetv2_plan_and_preprocess -d {number} -c 2d\n"
-            f"  nnUNetv2_train {number} 2d 0 -tr MTLTrainer" + ("" if device == "cuda" else f" -device {device}")
-        )
+        print(_next_commands(int(dataset.name[7:10]), args.o, device))
+
+
+def _next_commands(number: int, folder: str | None, device: str) -> str:
+    on_device = "" if device == "cuda" else f" -device {device}"
+    lines = ["next:", f"  nnUNetv2_plan_and_preprocess -d {number} -c 2d"]
+    if folder is None:
+        lines.append(f"  nnUNetv2_train {number} 2d 0 -tr MTLTrainer{on_device}")
+    else:
+        # training finds only the default folder by itself
+        lines.append(f"  mtl-nnunet plans -d {number} -selection {shlex.quote(folder)} -o nnUNetPlans_mtl")
+        lines.append(f"  nnUNetv2_train {number} 2d 0 -tr MTLTrainer -p nnUNetPlans_mtl{on_device}")
+    return "\n".join(lines)
 
 
 def _default_folder(dataset_argument: str | None, dataset_name: str) -> str:
