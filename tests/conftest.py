@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,31 +57,36 @@ def write_image(path: Path, voxels: np.ndarray, spacing: Sequence[float] = (1.0,
     sitk.WriteImage(image, str(path))
 
 
+def write_phantoms(
+    folder: Path,
+    num_cases: int = 6,
+    shape: Sequence[int] = (12, 40, 36),
+    spacing: Sequence[float] = (2.0, 1.0, 1.0),
+    channel_names: Sequence[str] = ("MRI",),
+    ending: str = ".nii.gz",
+) -> Path:
+    """Write an nnU-Net raw dataset of phantoms."""
+    seed = zlib.crc32(folder.name.encode())
+    for i in range(num_cases):
+        image, label = phantom(shape, seed=seed + i, channels=len(channel_names))
+        for c, voxels in enumerate(image):
+            write_image(folder / "imagesTr" / f"case_{i:02d}_{c:04d}{ending}", voxels, spacing)
+        write_image(folder / "labelsTr" / f"case_{i:02d}{ending}", label, spacing)
+    description = {
+        "channel_names": {str(c): name for c, name in enumerate(channel_names)},
+        "labels": {"background": 0, "ball": 1, "core": 2},
+        "numTraining": num_cases,
+        "file_ending": ending,
+    }
+    (folder / "dataset.json").write_text(json.dumps(description))
+    return folder
+
+
 @pytest.fixture
 def make_dataset(nnunet_folders: Path) -> Callable[..., Path]:
-    """A function that writes an nnU-Net raw dataset of phantoms and returns its folder."""
+    """A function that writes an nnU-Net raw dataset of phantoms below nnUNet_raw and returns its folder."""
 
-    def make(
-        number: int = 1,
-        num_cases: int = 6,
-        shape: Sequence[int] = (12, 40, 36),
-        spacing: Sequence[float] = (2.0, 1.0, 1.0),
-        channel_names: Sequence[str] = ("MRI",),
-        ending: str = ".nii.gz",
-    ) -> Path:
-        folder = nnunet_folders / "raw" / f"Dataset{number:03d}_Phantom"
-        for i in range(num_cases):
-            image, label = phantom(shape, seed=100 * number + i, channels=len(channel_names))
-            for c, voxels in enumerate(image):
-                write_image(folder / "imagesTr" / f"case_{i:02d}_{c:04d}{ending}", voxels, spacing)
-            write_image(folder / "labelsTr" / f"case_{i:02d}{ending}", label, spacing)
-        description = {
-            "channel_names": {str(c): name for c, name in enumerate(channel_names)},
-            "labels": {"background": 0, "ball": 1, "core": 2},
-            "numTraining": num_cases,
-            "file_ending": ending,
-        }
-        (folder / "dataset.json").write_text(json.dumps(description))
-        return folder
+    def make(number: int = 1, **options: Any) -> Path:
+        return write_phantoms(nnunet_folders / "raw" / f"Dataset{number:03d}_Phantom", **options)
 
     return make
