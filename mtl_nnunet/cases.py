@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import gzip
 import io
 import json
 import os
@@ -143,8 +144,10 @@ def with_patients(dataset: Dataset, table: str | Path) -> Dataset:
     table = Path(table)
     try:
         with open(table, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-        patients = {row["case"].strip(): row["patient"].strip() for row in rows}
+            reader = csv.DictReader(file)
+            if not {"case", "patient"} <= set(reader.fieldnames or ()):
+                raise KeyError("case, patient")
+            patients = {row["case"].strip(): row["patient"].strip() for row in reader}
     except (OSError, KeyError, AttributeError, csv.Error, UnicodeDecodeError) as error:
         raise UserError(f"{table} is no table of patients: expected a CSV with the columns case,patient.") from error
     unknown = [case.name for case in dataset.cases if not patients.get(case.name)]
@@ -181,6 +184,10 @@ def read_case(case: Case, reader: str, num_channels: int) -> Image:
             shapes differ.
     """
     read = _read_with_monai if reader == "monai" else _read_with_nnunet
+    files = (*case.images, *filter(None, [case.label]))
+    if reader == "SimpleITKIO":
+        for file in files:
+            _refuse_what_itk_hides(case, file)
     voxels, spacing = read(case.images, reader)
     what = f"case {case.name} ({listed([str(p) for p in case.images])})"
     if len(voxels) != num_channels:
@@ -207,7 +214,25 @@ def read_case(case: Case, reader: str, num_channels: int) -> Image:
                 f"(z, y, x; {case.label}). Resample the label onto the image, or leave the case out."
             )
         foreground = label[0] > 0
-    return Image(voxels, spacing, foreground, tuple(sha256(p) for p in (*case.images, *filter(None, [case.label]))))
+    return Image(voxels, spacing, foreground, tuple(map(sha256, files)))
+
+
+def _refuse_what_itk_hides(case: Case, file: Path) -> None:
+    """ITK reads a NIfTI file whose end is missing without an error, and NaN as 0."""
+    if not file.name.endswith((".nii", ".nii.gz")):
+        return
+    import nibabel
+
+    try:
+        content = file.read_bytes()
+        raw = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
+        kind = nibabel.Nifti2Image if raw[:4] in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c") else nibabel.Nifti1Image
+        image = kind.from_bytes(raw)
+        stored = np.asanyarray(image.dataobj.get_unscaled())
+    except Exception as error:
+        raise UserError(_unreadable(file)) from error
+    if np.issubdtype(stored.dtype, np.inexact) and not np.isfinite(stored).all():
+        raise UserError(f"case {case.name} ({file}) holds NaN or infinite voxels. Repair it, or leave the case out.")
 
 
 def _raw_folder(dataset: str | int) -> Path:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from mtl_nnunet import __version__
@@ -190,7 +191,10 @@ def _write_encoder(path: Path, ranking: Ranking) -> None:
         "epoch": checkpoint.epoch,
     }
     # one metadata entry: safetensors writes several in no fixed order, and the file's hash must repeat
-    save_file(weights, path, metadata={"mtl_nnunet": json.dumps(provenance, sort_keys=True)})
+    try:
+        save_file(weights, path, metadata={"mtl_nnunet": json.dumps(provenance, sort_keys=True)})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def _content(

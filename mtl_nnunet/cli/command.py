@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 
 from mtl_nnunet.errors import UserError
@@ -20,7 +21,12 @@ def run(
     """
     args = parser.parse_args(argv)
     try:
-        command(args)
+        with warnings.catch_warnings():
+            if not getattr(args, "verbose", False):
+                # what other packages will change one day is no concern of the user's
+                warnings.simplefilter("ignore", FutureWarning)
+                warnings.simplefilter("ignore", DeprecationWarning)
+            command(args)
     except UserError as error:
         if getattr(args, "verbose", False):
             traceback.print_exc()

@@ -1,0 +1,349 @@
+"""mtl-select-checkpoint in process: what it writes, prints and refuses."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import DEMO_RUN, REAL_DATA, needs_real_data, phantom, write_image
+
+from mtl_nnunet.cases import find_nnunet_dataset
+from mtl_nnunet.checkpoints import find_checkpoints, read_contents
+from mtl_nnunet.cli.select_checkpoint import main
+from mtl_nnunet.ranking import bootstrap_draws, rank_checkpoints
+from mtl_nnunet.scores import parse_score
+from mtl_nnunet.selection import ENCODER_FILE, read_selection
+from mtl_nnunet.slices import gather_slices
+
+FEW = ("-num_slices", "24", "-device", "cpu")
+
+
+@pytest.fixture
+def dataset(make_dataset: Callable[..., Path]) -> Path:
+    return make_dataset(1, num_cases=6)
+
+
+def run(*more: str, ckpt: str | Path = DEMO_RUN) -> int:
+    return main(["-d", "1", "-ckpt", str(ckpt), *FEW, *more])
+
+
+def selection_folder() -> Path:
+    return Path(os.environ["nnUNet_preprocessed"], "Dataset001_Phantom", "mtl_selection")
+
+
+def refused(capsys: pytest.CaptureFixture[str], *more: str, ckpt: str | Path = DEMO_RUN) -> str:
+    """The one line of a refusal; nothing may be written and nothing printed as a result."""
+    capsys.readouterr()
+    assert run(*more, ckpt=ckpt) == 1
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.replace("\r", "\n").splitlines() if line.strip()]
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+    assert [line for line in lines if line.startswith("mtl-select-checkpoint: ")] == [lines[-1]]
+    left = [p for p in Path(os.environ["nnUNet_preprocessed"]).rglob("*") if p.is_file()]
+    assert left == []
+    return lines[-1]
+
+
+def test_writes_the_choice_and_prints_what_to_do_next(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run() == 0
+    out = capsys.readouterr().out
+    content = json.loads((selection_folder() / "selection.json").read_text())
+    assert {p.name for p in selection_folder().iterdir()} == {
+        "selection.json",
+        ENCODER_FILE,
+        "ranking.csv",
+        "ranking.png",
+    }
+    assert (selection_folder() / "ranking.png").read_bytes().startswith(b"\x89PNG")
+    for printed in (
+        "nnUNetv2_plan_and_preprocess -d 1 -c 2d",
+        "nnUNetv2_train 1 2d 0 -tr MTLTrainer",
+        "last epoch",
+        "random",
+    ):
+        assert printed in out
+    assert [c["epoch"] for c in content["checkpoints"]] == [0, 3, 8, 16, 25, 39]
+    assert [c["logged_accuracy"] for c in content["checkpoints"]] == [4.68, 17.94, 27.48, 32.48, 34.84, 36.42]
+    best = max(content["checkpoints"], key=lambda c: c["value"])
+    assert content["choice"] == best
+    assert sum(c["probability_of_best_score"] for c in content["checkpoints"]) == pytest.approx(1)
+    assert all(c["low"] <= c["value"] <= c["high"] for c in content["checkpoints"])
+    assert content["dataset"]["num_cases"] == len(content["dataset"]["cases_used"]) == 6
+    assert content["slices"]["shape"] == [24, 1, 64, 64]
+    chosen = read_contents(DEMO_RUN / best["file"]).weights
+    written = read_contents(selection_folder() / ENCODER_FILE).weights
+    assert set(chosen) - set(written) == set(content["encoder"]["not_loaded"]) == {"fc.weight", "fc.bias"}
+    assert all(torch.equal(written[k], chosen[k].float()) for k in written)
+    rows = list(csv.DictReader((selection_folder() / "ranking.csv").open()))
+    assert [r["chosen"] for r in rows].count("True") == 1
+    assert rows[-1]["file"] == "random"
+    assert read_selection(selection_folder()).epoch == best["epoch"]
+
+
+def test_same_seed_writes_the_same_bytes_but_for_one_line(dataset: Path) -> None:
+    assert run() == 0
+    before = {f.name: f.read_bytes() for f in selection_folder().iterdir()}
+    assert run("--overwrite") == 0
+    after = {f.name: f.read_bytes() for f in selection_folder().iterdir()}
+    for name in (ENCODER_FILE, "ranking.csv", "ranking.png"):
+        assert before[name] == after[name], name
+    lines = zip(before["selection.json"].splitlines(), after["selection.json"].splitlines(), strict=True)
+    assert {a.split(b":")[0].strip() for a, b in lines if a != b} <= {b'"created"'}
+
+
+def test_another_seed_reads_other_slices(dataset: Path) -> None:
+    assert run() == 0
+    first = (selection_folder() / "ranking.csv").read_text()
+    assert run("-seed", "1", "--overwrite") == 0
+    assert (selection_folder() / "ranking.csv").read_text() != first
+
+
+def test_json_alone_on_stdout(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--json") == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((selection_folder() / "selection.json").read_text())
+
+
+def test_published_score_with_parameters(dataset: Path) -> None:
+    assert run("-score", "robustness:level=5,distance=l2") == 0
+    content = json.loads((selection_folder() / "selection.json").read_text())
+    assert content["score"]["parameters"] == {"level": 5, "pooled": True, "distance": "l2", "margin": 0.5}
+    assert content["choice"] == min(content["checkpoints"], key=lambda c: c["value"])
+
+
+def test_images_without_nnunet(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(dataset / "imagesTr", images)
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.delenv(name)
+    assert main(["-i", str(images), "-ckpt", str(DEMO_RUN), *FEW, "-o", str(tmp_path / "chosen")]) == 0
+    assert read_selection(tmp_path / "chosen").dataset == "images"
+    assert main(["-i", str(images), "-ckpt", str(DEMO_RUN), *FEW]) == 1
+
+
+def test_patients_share_cases(dataset: Path, tmp_path: Path) -> None:
+    table = tmp_path / "patients.csv"
+    table.write_text("case,patient\n" + "".join(f"case_{i:02d},p{i // 2}\n" for i in range(6)))
+    assert run("-patients", str(table)) == 0
+    content = json.loads((selection_folder() / "selection.json").read_text())
+    assert content["dataset"]["num_patients"] == 3
+    assert [c["patient"] for c in content["dataset"]["cases_used"]] == ["p0", "p0", "p1", "p1", "p2", "p2"]
+
+
+def test_existing_selection_is_kept_unless_told(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run() == 0
+    before = (selection_folder() / "selection.json").read_bytes()
+    assert run("-seed", "3") == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert (selection_folder() / "selection.json").read_bytes() == before
+
+
+def test_folder_that_is_no_selection_is_never_replaced(dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("precious")
+    assert run("-o", str(tmp_path / "home"), "--overwrite") == 1
+    assert (tmp_path / "home" / "thesis.txt").read_text() == "precious"
+
+
+def broken_image(dataset: Path, what: str) -> None:
+    file = dataset / "imagesTr" / "case_03_0000.nii.gz"
+    voxels = phantom((12, 40, 36), seed=1)[0][0]
+    if what == "truncated":
+        file.write_bytes(file.read_bytes()[:2000])
+    elif what == "empty":
+        file.write_bytes(b"")
+    elif what == "text":
+        file.write_text("not an image")
+    elif what == "nan":
+        voxels[3, 3, 3] = np.nan
+        write_image(file, voxels, (2, 1, 1))
+    elif what == "constant":
+        write_image(file, np.full_like(voxels, 7), (2, 1, 1))
+    elif what == "label of another shape":
+        write_image(file, voxels[:-1], (2, 1, 1))
+
+
+@pytest.mark.parametrize("what", ["truncated", "empty", "text", "nan", "constant", "label of another shape"])
+def test_broken_image_is_named_in_one_line(dataset: Path, capsys: pytest.CaptureFixture[str], what: str) -> None:
+    broken_image(dataset, what)
+    assert "case_03" in refused(capsys)
+
+
+@pytest.mark.parametrize("what", ["truncated", "empty", "text"])
+def test_broken_first_image_is_named_in_one_line(dataset: Path, capsys: pytest.CaptureFixture[str], what: str) -> None:
+    for name in ("case_00", "case_01", "case_02"):
+        (dataset / "imagesTr" / f"{name}_0000.nii.gz").unlink()
+        (dataset / "labelsTr" / f"{name}.nii.gz").unlink()
+    broken_image(dataset, what)
+    assert "case_03" in refused(capsys)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda d: (d / "labelsTr" / "case_02.nii.gz").unlink(), "case_02.nii.gz does not exist"),
+        (lambda d: (d / "dataset.json").write_text("{"), "dataset.json cannot be read as JSON"),
+        (lambda d: (d / "dataset.json").write_text('{"labels": {}}'), "no nnU-Net v2 dataset.json"),
+        (lambda d: (d / "dataset.json").unlink(), "dataset.json does not exist"),
+        (lambda d: shutil.rmtree(d / "imagesTr"), "imagesTr does not exist"),
+        (lambda d: [p.unlink() for p in (d / "imagesTr").glob("case_0[1-5]*")], "holds 1 case"),
+        (lambda d: shutil.copytree(d, d.with_name("Dataset001_Twin")), "several datasets"),
+        (lambda d: shutil.rmtree(d), "no dataset 1"),
+    ],
+)
+def test_broken_dataset_is_named_in_one_line(
+    dataset: Path, capsys: pytest.CaptureFixture[str], change: Callable[[Path], object], said: str
+) -> None:
+    change(dataset)
+    assert said in refused(capsys)
+
+
+def test_missing_channel_is_named_in_one_line(
+    make_dataset: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset = make_dataset(1, num_cases=4, channel_names=("T1", "T2"))
+    (dataset / "imagesTr" / "case_02_0001.nii.gz").unlink()
+    assert "case_02" in refused(capsys)
+    for file in (dataset / "imagesTr").glob("*_0001.nii.gz"):
+        file.unlink()
+    assert "1 channels, but the dataset names 2" in refused(capsys)
+
+
+@pytest.mark.parametrize("variable", ["nnUNet_raw", "nnUNet_preprocessed"])
+def test_unset_variable_is_named_in_one_line(
+    dataset: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.delenv(variable)
+    assert run() == 1
+    err = capsys.readouterr().err.strip().splitlines()
+    assert len(err) == 1
+    assert f"{variable} is not set" in err[0]
+
+
+def test_patients_that_leave_no_negative_are_refused(
+    dataset: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    table = tmp_path / "patients.csv"
+    table.write_text("case,patient\n" + "".join(f"case_{i:02d},same\n" for i in range(6)))
+    assert "of one patient" in refused(capsys, "-patients", str(table))
+    table.write_text("case,patient\ncase_00,a\n")
+    assert "no patient for 5 cases" in refused(capsys, "-patients", str(table))
+    table.write_text("who,what\n")
+    assert "case,patient" in refused(capsys, "-patients", str(table))
+
+
+def test_broken_checkpoints_are_named_in_one_line(
+    dataset: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run_folder = tmp_path / "run"
+    shutil.copytree(DEMO_RUN, run_folder)
+    file = run_folder / "checkpoint-8.pth.tar"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1000])
+    assert "checkpoint-8.pth.tar cannot be read" in refused(capsys, ckpt=run_folder)
+    file.write_bytes(whole)
+    content = torch.load(file, weights_only=True)
+    content["state_dict"]["conv1.0.weight"][0, 0, 0, 0] = float("nan")
+    torch.save(content, file)
+    assert "checkpoint-8.pth.tar holds NaN" in refused(capsys, ckpt=run_folder)
+    file.write_bytes(whole)
+    assert "does not fit timm encoder 'resnet18'" in refused(capsys, "-encoder", "resnet18")
+    assert "knows no encoder 'resnet5O'" in refused(capsys, "-encoder", "resnet5O")
+    assert "no checkpoint in" in refused(capsys, ckpt=dataset)
+    torch.save(content["state_dict"], tmp_path / "plain.pth")
+    assert "-encoder NAME" in refused(capsys, ckpt=tmp_path / "plain.pth")
+
+
+def test_unknown_score_or_level_is_named_in_one_line(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "Available: contrastive, robustness" in refused(capsys, "-score", "accuracy")
+    assert "levels 1 to 5" in refused(capsys, "-score", "contrastive:level=7")
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["-d", "1"], ["-d", "1", "-i", "x", "-ckpt", "y"], ["-d", "1", "-ckpt", "y", "-num_slices", "1"]]
+)
+def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+
+
+def test_verbose_shows_the_traceback(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("-score", "accuracy", "--verbose") == 1
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert err.strip().splitlines()[-1].startswith("mtl-select-checkpoint: unknown score")
+
+
+def test_help_imports_nothing_heavy() -> None:
+    for module in ("select_checkpoint", "main"):
+        code = (
+            f"import sys; from mtl_nnunet.cli.{module} import build_parser; build_parser().format_help();"
+            "print([m for m in ('torch', 'monai', 'nnunetv2', 'timm', 'numpy', 'SimpleITK', 'matplotlib') if m in sys.modules])"
+        )
+        assert (
+            subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+            == "[]"
+        )
+
+
+def test_full_disk_leaves_nothing_and_is_said_in_one_line(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    try:
+        line = refused(capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "could not write" in line
+    assert not list(Path(os.environ["nnUNet_preprocessed"]).rglob("*.tmp"))
+
+
+def test_order_of_the_checkpoints_leaves_the_ranking_alone(dataset: Path) -> None:
+    slices = gather_slices(find_nnunet_dataset(1), 24)
+    score = parse_score("contrastive")
+    checkpoints = find_checkpoints([DEMO_RUN])
+    there = rank_checkpoints(checkpoints, "test_resnet", slices, score)
+    back = rank_checkpoints(checkpoints[::-1], "test_resnet", slices, score)
+    assert there.checkpoints == back.checkpoints[::-1]
+    assert there.chosen == back.chosen
+    assert there.random == back.random
+
+
+def test_equal_checkpoints_tie(dataset: Path, tmp_path: Path) -> None:
+    content = torch.load(DEMO_RUN / "checkpoint-39.pth.tar", weights_only=True)
+    for epoch in (1, 2):
+        torch.save({**content, "epoch": epoch}, tmp_path / f"checkpoint-{epoch}.pth.tar")
+    slices = gather_slices(find_nnunet_dataset(1), 24)
+    ranking = rank_checkpoints(find_checkpoints([tmp_path]), "test_resnet", slices, parse_score("contrastive"))
+    assert [c.probability_of_best_score for c in ranking.checkpoints] == [0.5, 0.5]
+    assert all(c.undecided for c in ranking.checkpoints)
+    assert ranking.chosen.label == "2", "of equal scores the later epoch"
+
+
+def test_bootstrap_draws_patients_with_replacement() -> None:
+    draws = bootstrap_draws(9, 500, seed=0)
+    assert (draws.sum(1) == 9).all()
+    assert draws.mean(0) == pytest.approx(np.ones(9), abs=0.15)
+    assert (draws == bootstrap_draws(9, 500, seed=0)).all()
+
+
+@needs_real_data
+def test_real_run_on_real_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("nnUNet_raw", str(REAL_DATA))
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
+    run_folder = REAL_DATA / "pretraining" / "test_resnet"
+    assert main(["-d", "4", "-ckpt", str(run_folder), "-num_slices", "64", "-device", "cpu"]) == 0
+    content = json.loads((tmp_path / "Dataset004_Hippocampus" / "mtl_selection" / "selection.json").read_text())
+    assert [c["epoch"] for c in content["checkpoints"]] == [0, 1, 2, 3, 5, 8, 12, 16, 20, 25, 30, 35, 39]
+    assert content["checkpoints"][-1]["logged_accuracy"] == 36.42
+    assert content["choice"]["value"] > content["random_initialisation"]["value"]
