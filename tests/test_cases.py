@@ -75,7 +75,9 @@ def read_first(dataset: Dataset):  # type: ignore[no-untyped-def]
 def test_raw_dataset_is_found_by_number_and_by_name(make_dataset: MakeDataset) -> None:
     make_dataset(number=7, num_cases=3, channel_names=("T1", "T2"))
     dataset = find_nnunet_dataset(7)
-    assert dataset == find_nnunet_dataset("7") == find_nnunet_dataset("007") == find_nnunet_dataset("Dataset007_Phantom")
+    assert (
+        dataset == find_nnunet_dataset("7") == find_nnunet_dataset("007") == find_nnunet_dataset("Dataset007_Phantom")
+    )
     assert dataset.channel_names == ("T1", "T2")
     assert [case.name for case in dataset.cases] == ["case_00", "case_01", "case_02"]
     assert [image.name for image in dataset.cases[0].images] == ["case_00_0000.nii.gz", "case_00_0001.nii.gz"]
@@ -132,7 +134,9 @@ def test_rgb_png_holds_three_channels_in_one_file(nnunet_folders: Path) -> None:
     rgb = np.random.default_rng(0).integers(0, 255, (40, 48, 3), dtype=np.uint8)
     for name in ("a", "b"):
         skimage_io.imsave(folder / "imagesTr" / f"{name}_0000.png", rgb, check_contrast=False)
-        skimage_io.imsave(folder / "labelsTr" / f"{name}.png", (rgb[..., 0] > 99).astype(np.uint8), check_contrast=False)
+        skimage_io.imsave(
+            folder / "labelsTr" / f"{name}.png", (rgb[..., 0] > 99).astype(np.uint8), check_contrast=False
+        )
     dataset = find_nnunet_dataset(3)
     np.testing.assert_array_equal(read_first(dataset).voxels, rgb.transpose(2, 0, 1)[:, None])
 
@@ -329,7 +333,9 @@ def test_datalist_may_list_channels_in_files_of_their_own(make_dataset: MakeData
 def test_patients_come_from_the_table(make_dataset: MakeDataset, tmp_path: Path) -> None:
     make_dataset(num_cases=3)
     table = tmp_path / "patients.csv"
-    table.write_text("\ufeffcase,age,patient\ncase_00,50,anna\ncase_01,50, anna\ncase_02,60,ben\nothers,1,carl\n", "utf-8")
+    table.write_text(
+        "\ufeffcase,age,patient\ncase_00,50,anna\ncase_01,50, anna\ncase_02,60,ben\nothers,1,carl\n", "utf-8"
+    )
     dataset = with_patients(find_nnunet_dataset(1), table)
     assert [case.patient for case in dataset.cases] == ["anna", "anna", "ben"]
     assert dataset.num_patients == 2
