@@ -1,0 +1,116 @@
+"""mtl-nnunet trainers and plans, in process."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from conftest import DEMO_RUN
+
+from mtl_nnunet.cli.main import main, trainers_folder
+from mtl_nnunet.cli.select_checkpoint import main as select
+from mtl_nnunet.plans import with_timm_unet
+
+NAME = "Dataset001_Phantom"
+RECORD = {"encoder": "test_resnet", "input_channels": 1, "encoder_sha256": "0" * 64}
+
+
+def stock_plans(folder: Path) -> dict[str, object]:
+    """Plans as nnU-Net writes them, reduced to what is read here, with 2D, 3D and cascade configurations."""
+    architecture = {"network_class_name": "x.PlainConvUNet", "arch_kwargs": {"n_stages": 4}, "_kw_requires_import": []}
+    plans = {
+        "dataset_name": NAME,
+        "plans_name": "nnUNetPlans",
+        "configurations": {
+            "2d": {
+                "data_identifier": "nnUNetPlans_2d",
+                "patch_size": [56, 40],
+                "batch_size": 12,
+                "architecture": architecture,
+            },
+            "3d_fullres": {"patch_size": [40, 56, 40], "batch_size": 2, "architecture": architecture},
+            "3d_lowres": {"patch_size": [40, 56, 40], "batch_size": 2, "architecture": architecture},
+            "3d_cascade_fullres": {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"},
+            "2d_small": {"inherits_from": "2d", "batch_size": 4},
+        },
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "nnUNetPlans.json").write_text(json.dumps(plans))
+    return plans
+
+
+def test_trainers_are_joined_with_what_the_variable_names(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = str(trainers_folder())
+    monkeypatch.delenv("nnUNet_extTrainer", raising=False)
+    assert main(["trainers"]) == 0
+    assert capsys.readouterr().out.strip() == ours
+    monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join(["/somebody/elses", ours, ""]))
+    assert main(["trainers"]) == 0
+    assert capsys.readouterr().out.strip() == os.pathsep.join([ours, "/somebody/elses"])
+
+
+def test_plans_change_the_network_and_nothing_about_the_data(tmp_path: Path) -> None:
+    plans = stock_plans(tmp_path)
+    before = json.dumps(plans)
+    changed = with_timm_unet(plans, "2d", RECORD)
+    assert json.dumps(plans) == before
+    configuration = changed["configurations"]["2d"]
+    assert configuration["patch_size"] == [64, 64]
+    assert configuration["architecture"]["network_class_name"] == "mtl_nnunet.network.TimmUNet"
+    for key in ("data_identifier", "batch_size"):
+        assert configuration[key] == plans["configurations"]["2d"][key]
+    assert changed["mtl_nnunet"] == RECORD
+    rest = {k: v for k, v in changed["configurations"].items() if k != "2d"}
+    assert rest == {k: v for k, v in plans["configurations"].items() if k != "2d"}
+
+
+def test_configuration_that_inherits_gets_the_network_too(tmp_path: Path) -> None:
+    changed = with_timm_unet(stock_plans(tmp_path), "2d_small", RECORD)
+    assert changed["configurations"]["2d_small"]["patch_size"] == [64, 64]
+    assert changed["configurations"]["2d_small"]["batch_size"] == 4
+
+
+@pytest.mark.parametrize("configuration", ["3d_fullres", "3d_cascade_fullres"])
+def test_three_dimensions_are_refused(tmp_path: Path, configuration: str) -> None:
+    with pytest.raises(ValueError, match=f"'{configuration}' is not 2D"):
+        with_timm_unet(stock_plans(tmp_path), configuration, RECORD)
+
+
+def test_plans_that_somebody_wrote_for_timm_unet_keep_their_width(tmp_path: Path) -> None:
+    changed = with_timm_unet(stock_plans(tmp_path), "2d", RECORD)
+    changed["configurations"]["2d"]["architecture"]["arch_kwargs"]["stem_channels"] = 16
+    again = with_timm_unet(changed, "2d", {**RECORD, "encoder": "test_convnext"})
+    kwargs = again["configurations"]["2d"]["architecture"]["arch_kwargs"]
+    assert kwargs["stem_channels"] == 16
+    assert kwargs["encoder"] == "test_convnext"
+    assert kwargs["strides"] == [[1, 1], [4, 4], [2, 2], [2, 2], [2, 2]]
+
+
+def test_plans_command_writes_a_file_of_another_name(make_dataset, capsys: pytest.CaptureFixture[str]) -> None:
+    make_dataset(1)
+    folder = Path(os.environ["nnUNet_preprocessed"], NAME)
+    assert select(["-d", "1", "-ckpt", str(DEMO_RUN), "-num_slices", "12", "-device", "cpu"]) == 0
+    stock_plans(folder)
+    stock = (folder / "nnUNetPlans.json").read_bytes()
+    assert main(["plans", "-d", "1", "-o", "nnUNetPlansMTL"]) == 0
+    assert "-tr MTLTrainer -p nnUNetPlansMTL" in capsys.readouterr().out
+    written = json.loads((folder / "nnUNetPlansMTL.json").read_text())
+    assert written["plans_name"] == "nnUNetPlansMTL"
+    assert written["mtl_nnunet"]["folder"] == "mtl_selection"
+    assert (folder / "nnUNetPlans.json").read_bytes() == stock
+    for arguments, said in (
+        (["-o", "nnUNetPlansMTL"], "exist already"),
+        (["-o", "nnUNetPlans", "--overwrite"], "exist already"),
+        (["-o", "other", "-p", "nothing"], "nothing.json does not exist"),
+        (["-o", "other", "-selection", "nowhere"], "no selection in nowhere"),
+    ):
+        assert main(["plans", "-d", "1", *arguments]) == 1
+        err = capsys.readouterr().err.strip().splitlines()
+        assert len(err) == 1, err
+        assert said in err[0]
+    assert main(["plans", "-d", "77", "-o", "x"]) == 1
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
