@@ -98,7 +98,7 @@ def find_nnunet_dataset(dataset: str | int) -> Dataset:
             if not file.is_file():
                 raise UserError(f"case {case.name}: {file} does not exist. Add the file, or leave the case out.")
     _require_two(cases, folder)
-    names = tuple(str(channels[k]) for k in sorted(channels, key=int))
+    names = _in_order(channels, folder / "dataset.json")
     return Dataset(folder.name, cases, names, _nnunet_reader(description, cases[0].images[0]))
 
 
@@ -147,9 +147,13 @@ def with_patients(dataset: Dataset, table: str | Path) -> Dataset:
             reader = csv.DictReader(file)
             if not {"case", "patient"} <= set(reader.fieldnames or ()):
                 raise KeyError("case, patient")
-            patients = {row["case"].strip(): row["patient"].strip() for row in reader}
+            rows = [(row["case"].strip(), row["patient"].strip()) for row in reader]
     except (OSError, KeyError, AttributeError, csv.Error, UnicodeDecodeError) as error:
         raise UserError(f"{table} is no table of patients: expected a CSV with the columns case,patient.") from error
+    patients: dict[str, str] = {}
+    for case, patient in rows:
+        if patients.setdefault(case, patient) != patient:
+            raise UserError(f"{table} gives case {case} two patients, {patients[case]} and {patient}. Keep one row.")
     unknown = [case.name for case in dataset.cases if not patients.get(case.name)]
     if unknown:
         raise UserError(f"{table} gives no patient for {len(unknown)} cases ({listed(unknown)}). Add a row for each.")
@@ -247,19 +251,26 @@ def _raw_folder(dataset: str | int) -> Path:
     text = str(dataset)
     if text.startswith("Dataset"):
         found = [Path(raw, text)] if Path(raw, text).is_dir() else []
-    elif text.isdigit():
-        found = sorted(p for p in Path(raw).glob(f"Dataset{int(text):03d}_*") if p.is_dir())
+    elif text.isdecimal():
+        found = _of_number(Path(raw), int(text))
     else:
         raise UserError(f"-d {text} is neither a dataset number nor a name like Dataset004_Hippocampus.")
     if not found:
         there = sorted(p.name for p in Path(raw).glob("Dataset*") if p.is_dir())
         have = f"there are {listed(there)}" if there else "there is no dataset at all"
         raise UserError(f"no dataset {text} in nnUNet_raw ({raw}): {have}. Check -d.")
-    if len(found) > 1:
+    number = found[0].name[7:10]
+    same = _of_number(Path(raw), int(number)) if number.isdecimal() else found
+    if len(same) > 1:
+        # nnU-Net's own commands would stop at it later
         raise UserError(
-            f"several datasets have the number {text}: {listed([p.name for p in found])}. Rename all but one."
+            f"several datasets have the number {int(number)}: {listed([p.name for p in same])}. Rename all but one."
         )
     return found[0]
+
+
+def _of_number(raw: Path, number: int) -> list[Path]:
+    return sorted(p for p in raw.glob(f"Dataset{number:03d}_*") if p.is_dir())
 
 
 def _cases_in_folder(folder: Path, ending: str) -> tuple[Case, ...]:
@@ -281,7 +292,15 @@ def _cases_in_folder(folder: Path, ending: str) -> tuple[Case, ...]:
 def _listed_cases(folder: Path, description: dict[str, Any]) -> tuple[Case, ...]:
     from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
-    entries = get_filenames_of_train_images_and_targets(str(folder), description)
+    try:
+        entries = get_filenames_of_train_images_and_targets(str(folder), description)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder / 'dataset.json'}: 'dataset' cannot be understood ({error!r}). Expected a dictionary of "
+            "case names to 'images' (a list of files) and 'label' (a file)."
+        ) from error
+    if not entries:
+        raise UserError(f"{folder / 'dataset.json'}: 'dataset' lists no case. Add some, or leave the key out.")
     return tuple(
         Case(name, name, tuple(map(Path, entry["images"])), Path(entry["label"]))
         for name, entry in sorted(entries.items())
@@ -324,6 +343,8 @@ def _read_with_monai(files: Sequence[Path], reader: str) -> tuple[np.ndarray, tu
     channels, spacings = [], []
     for file in files:
         natural = not file.name.lower().endswith((".nii", ".nii.gz"))
+        if natural:
+            _refuse_pages(file)
         try:
             load = LoadImage(
                 reader=PILReader() if natural else "NibabelReader", image_only=True, ensure_channel_first=True
@@ -344,10 +365,26 @@ def _read_with_monai(files: Sequence[Path], reader: str) -> tuple[np.ndarray, tu
     return np.concatenate(channels), spacings[0]
 
 
+def _refuse_pages(file: Path) -> None:
+    """MONAI reads the first page of a multi-page file and says nothing of the others."""
+    from PIL import Image as PILImage
+
+    try:
+        with PILImage.open(file) as opened:
+            pages = getattr(opened, "n_frames", 1)
+    except Exception as error:
+        raise UserError(_unreadable(file)) from error
+    if pages > 1:
+        raise UserError(
+            f"{file} has {pages} pages, and a plain folder is read for its first one. Convert volumes to NIfTI, or make "
+            "an nnU-Net raw dataset of them and use -d."
+        )
+
+
 def _dataset_of_datalist(datalist: Path, channel_names: Sequence[str] | None) -> Dataset:
     content = _read_json(datalist, "a Decathlon/MONAI datalist")
     training = content.get("training")
-    if not isinstance(training, list) or not all(isinstance(e, dict) and "image" in e for e in training):
+    if not isinstance(training, list) or not all(_is_entry(e) for e in training):
         raise UserError(
             f"{datalist} is no Decathlon/MONAI datalist: expected a list 'training' of entries with 'image' (and 'label'). "
             "For nnU-Net's raw datasets use -d."
@@ -365,9 +402,25 @@ def _dataset_of_datalist(datalist: Path, channel_names: Sequence[str] | None) ->
         cases.append(Case(name, name, tuple(map(Path, images)), Path(label) if label else None))
     modality = content.get("channel_names", content.get("modality"))
     if channel_names is None and isinstance(modality, dict):
-        channel_names = [str(modality[k]) for k in sorted(modality, key=int)]
+        channel_names = _in_order(modality, datalist)
     name = datalist.resolve().parent.name if datalist.name == "dataset.json" else datalist.stem
     return _monai_dataset(name, tuple(sorted(cases, key=lambda c: c.name)), channel_names, datalist)
+
+
+def _is_entry(entry: Any) -> bool:
+    if not isinstance(entry, dict):
+        return False
+    images = entry.get("image")
+    files = [images] if isinstance(images, str) else images
+    return isinstance(files, list) and bool(files) and all(isinstance(f, str) for f in files)
+
+
+def _in_order(channels: dict[str, Any], where: Path) -> tuple[str, ...]:
+    if not all(str(k).isdecimal() for k in channels):
+        raise UserError(
+            f"{where}: the keys of channel_names (or modality) must be 0, 1, ..., and they are {listed(sorted(channels))}."
+        )
+    return tuple(str(channels[k]) for k in sorted(channels, key=int))
 
 
 def _monai_dataset(name: str, cases: tuple[Case, ...], channel_names: Sequence[str] | None, where: Path) -> Dataset:

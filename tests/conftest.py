@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,9 +63,9 @@ def write_phantoms(
     spacing: Sequence[float] = (2.0, 1.0, 1.0),
     channel_names: Sequence[str] = ("MRI",),
     ending: str = ".nii.gz",
+    seed: int = 0,
 ) -> Path:
     """Write an nnU-Net raw dataset of phantoms."""
-    seed = zlib.crc32(folder.name.encode())
     for i in range(num_cases):
         image, label = phantom(shape, seed=seed + i, channels=len(channel_names))
         for c, voxels in enumerate(image):
@@ -87,6 +86,6 @@ def make_dataset(nnunet_folders: Path) -> Callable[..., Path]:
     """A function that writes an nnU-Net raw dataset of phantoms below nnUNet_raw and returns its folder."""
 
     def make(number: int = 1, **options: Any) -> Path:
-        return write_phantoms(nnunet_folders / "raw" / f"Dataset{number:03d}_Phantom", **options)
+        return write_phantoms(nnunet_folders / "raw" / f"Dataset{number:03d}_Phantom", seed=100 * number, **options)
 
     return make
