@@ -209,6 +209,7 @@ def test_checkpoint_has_the_keys_of_nnunets_own_and_loads_without_pickled_object
     ours = started(make(MTLTrainer_5epochs, folders))
     ours.save_checkpoint(str(tmp_path / "ours.pth"))
     loaded = torch.load(tmp_path / "ours.pth", weights_only=True)
+    # written by nnU-Net two lines above; its NumPy scalars are what ours leave out
     theirs = torch.load(tmp_path / "stock.pth", weights_only=False)
     assert set(loaded) == set(theirs)
     assert isinstance(loaded["_best_ema"], float)
