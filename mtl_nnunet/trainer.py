@@ -63,11 +63,6 @@ class MTLTrainer(nnUNetTrainer):
         """Build the network and, unless a checkpoint follows, load the selected encoder into it."""
         super().initialize()
         network = self._bare_network()
-        if self.is_ddp and any(type(m).__name__.startswith("BatchNormAct") for m in network.encoder.modules()):
-            raise UserError(
-                f"encoder '{network.encoder.name}' cannot be trained on several GPUs yet: nnU-Net's conversion to SyncBatchNorm "
-                "would drop its activations. Train on one GPU, or use a ResNet or ConvNeXt."
-            )
         record = self.plans_manager.plans[RECORD_KEY]
         if self.resuming:
             self.print_to_log_file(f"Encoder {record['encoder']}: weights come from the checkpoint of this fold.")
@@ -88,6 +83,12 @@ class MTLTrainer(nnUNetTrainer):
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, LambdaLR]:
         """AdamW with the encoder in a group of its own; biases and norms are not decayed."""
         network = self._bare_network()
+        # nnU-Net calls this before it converts the network for several GPUs
+        if self.is_ddp and any(type(m).__name__.startswith("BatchNormAct") for m in network.encoder.modules()):
+            raise UserError(
+                f"encoder '{network.encoder.name}' cannot be trained on several GPUs yet: nnU-Net's conversion to SyncBatchNorm "
+                "would drop its activations. Train on one GPU, or use a ResNet or ConvNeXt."
+            )
         encoder = {id(p) for p in network.encoder.parameters()}
         groups: list[dict[str, Any]] = []
         for name, in_encoder, lr in (

@@ -165,6 +165,21 @@ def test_every_parameter_is_in_one_group_and_the_encoder_learns_slower(folders: 
         assert all(p.ndim > 1 for p in group["params"]) == (group["weight_decay"] > 0)
 
 
+def test_fused_activations_are_refused_on_several_gpus_before_nnunet_drops_them(folders: Path) -> None:
+    from mtl_nnunet.encoder import TimmEncoder
+    from mtl_nnunet.network import TimmUNet, strides_of
+
+    trainer = make(MTLTrainer, folders)
+    for name, fits in (("test_resnet", True), ("test_convnext", True), ("test_efficientnet", False)):
+        trainer.network = TimmUNet(1, 3, name, strides_of(TimmEncoder(name)))
+        trainer.is_ddp = True
+        if fits:
+            trainer.configure_optimizers()
+        else:
+            with pytest.raises(UserError, match="several GPUs"):
+                trainer.configure_optimizers()
+
+
 def slow_factor(epoch: int, epochs: int, warmup: int) -> float:
     if epoch < warmup:
         return (epoch + 1) / (warmup + 1)
