@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -11,21 +13,24 @@ from mtl_nnunet.errors import UserError
 from mtl_nnunet.files import folder_written_atomically, sha256, to_json, write_text, written_atomically
 
 
-@pytest.fixture
-def tiny_disk():
+@contextmanager
+def tiny_disk() -> Iterator[None]:
+    """No file can grow beyond 1,000 bytes; entered only around the writing, since pytest's own log is a file too."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def everything(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
 
 
-def test_file_is_whole_or_as_it_was(tmp_path: Path, tiny_disk: None) -> None:
+def test_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
     write_text(tmp_path / "a" / "b.txt", "old")
-    with pytest.raises(UserError, match=r"could not write .*b\.txt: File too large"):
+    with tiny_disk(), pytest.raises(UserError, match=r"could not write .*b\.txt: File too large"):
         write_text(tmp_path / "a" / "b.txt", "new" * 1000)
     assert (tmp_path / "a" / "b.txt").read_text() == "old"
     assert everything(tmp_path) == ["a", "a/b.txt"]
@@ -38,13 +43,14 @@ def test_an_error_of_the_writer_leaves_nothing(tmp_path: Path) -> None:
     assert everything(tmp_path) == []
 
 
-def test_folder_is_whole_or_as_it_was(tmp_path: Path, tiny_disk: None) -> None:
+def test_folder_is_whole_or_as_it_was(tmp_path: Path) -> None:
     with folder_written_atomically(tmp_path / "f") as temporary:
         (temporary / "a").write_text("old")
     assert everything(tmp_path) == ["f", "f/a"]
     with pytest.raises(UserError, match="exists already"), folder_written_atomically(tmp_path / "f"):
         pass
     with (
+        tiny_disk(),
         pytest.raises(UserError, match="could not write"),
         folder_written_atomically(tmp_path / "f", True) as temporary,
     ):
