@@ -6,6 +6,7 @@ import argparse
 import csv
 import pickle
 import re
+import sys
 import warnings
 import zipfile
 from collections import Counter
@@ -18,6 +19,7 @@ import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from tqdm import tqdm
 
 from mtl_nnunet.errors import UserError, listed
 from mtl_nnunet.files import sha256
@@ -86,7 +88,9 @@ def find_checkpoints(paths: Sequence[str | Path]) -> list[Checkpoint]:
             files.append(path)
         else:
             raise UserError(f"no such checkpoint file or folder: {path}. Pass a run's folder or its files with -ckpt.")
-    found = _without_copies([_describe(file) for file in files])
+    # closed also when a file is refused, so that the message gets a line of its own
+    with tqdm(files, desc="Reading checkpoints", unit="file", file=sys.stderr) as bar:
+        found = _without_copies([_describe(file) for file in bar])
     _refuse_repeated_epochs(found)
     _refuse_mixed_architectures(found)
     return sorted(found, key=lambda c: (c.epoch is None, c.epoch or 0, str(c.path)))

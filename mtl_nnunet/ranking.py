@@ -81,7 +81,7 @@ class Ranking:
     def last(self) -> RankedCheckpoint | None:
         """The checkpoint of the last epoch, or None where no file states an epoch."""
         dated = [c for c in self.checkpoints if c.checkpoint is not None and c.checkpoint.epoch is not None]
-        return dated[-1] if dated else None
+        return max(dated, key=lambda c: _age(c.checkpoint), default=None)
 
     @property
     def undecided(self) -> tuple[RankedCheckpoint, ...]:
@@ -131,8 +131,7 @@ def rank_checkpoints(
             not_loaded.append(rest)
             bar.update()
     sign = 1.0 if score.higher_is_better else -1.0
-    order = sorted(range(len(checkpoints)), key=lambda i: (sign * values[i], i))
-    best = order[-1]
+    best = max(range(len(checkpoints)), key=lambda i: (sign * values[i], _age(checkpoints[i])))
     candidate_samples = np.stack(samples[:-1])
     wins = _share_of_wins(sign * candidate_samples)
     ranked = []
@@ -221,6 +220,10 @@ def _score(
     embeddings = torch.stack([embed(encoder, view, score.level, score.pooled, device) for view in views])
     statistic = score.statistic(embeddings, patients)
     return float(statistic(np.ones((1, draws.shape[1])))[0]), statistic(draws), not_loaded
+
+
+def _age(checkpoint: Checkpoint | None) -> int:
+    return -1 if checkpoint is None or checkpoint.epoch is None else checkpoint.epoch
 
 
 def _share_of_wins(samples: np.ndarray) -> np.ndarray:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from mtl_nnunet.errors import UserError, listed
 
@@ -28,7 +30,8 @@ def make_views(images: Tensor, kind: str, num_views: int, seed: int) -> Tensor:
     """
     if kind not in VIEWS:
         raise UserError(f"unknown views '{kind}'. Available: {listed(sorted(VIEWS))}.")
-    return torch.stack([VIEWS[kind](images, seed, view) for view in range(num_views)])
+    with tqdm(range(num_views), desc="Making views", unit="view", file=sys.stderr) as bar:
+        return torch.stack([VIEWS[kind](images, seed, view) for view in bar])
 
 
 def paper_view(images: Tensor, seed: int, view: int) -> Tensor:

@@ -328,6 +328,9 @@ def test_equal_checkpoints_tie(dataset: Path, tmp_path: Path) -> None:
     assert [c.probability_of_best_score for c in ranking.checkpoints] == [0.5, 0.5]
     assert all(c.undecided for c in ranking.checkpoints)
     assert ranking.chosen.label == "2", "of equal scores the later epoch"
+    back = rank_checkpoints(find_checkpoints([tmp_path])[::-1], "test_resnet", slices, parse_score("contrastive"))
+    assert back.chosen == ranking.chosen
+    assert back.last == ranking.last
 
 
 def test_bootstrap_draws_patients_with_replacement() -> None:
