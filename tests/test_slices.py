@@ -247,7 +247,7 @@ def test_monai_reads_the_same_slices(make_dataset: Callable[..., Path], setting:
     theirs = gather_slices(find_image_folder(source), num_slices=9)
     assert theirs.cases == ours.cases
     assert theirs.positions == ours.positions
-    assert torch.allclose(theirs.images, ours.images, atol=1e-6)
+    assert (theirs.images - ours.images).abs().max() < 1e-5, "up to the order in which float32 is summed"
 
 
 def test_plain_folder_with_channel_files_and_with_4d_files(make_dataset: Callable[..., Path], tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_plain_folder_with_channel_files_and_with_4d_files(make_dataset: Callabl
     folder = make_dataset(1, num_cases=3, channel_names=("T1", "T2"))
     by_file = gather_slices(find_image_folder(folder / "imagesTr"), num_slices=9)
     assert by_file.images.shape[1] == 2
-    assert torch.allclose(by_file.images, gather_slices(find_nnunet_dataset(1), num_slices=9).images, atol=1e-6)
+    assert torch.allclose(by_file.images, gather_slices(find_nnunet_dataset(1), num_slices=9).images, atol=1e-5)
     for i in range(3):
         parts = [nibabel.load(folder / "imagesTr" / f"case_{i:02d}_{c:04d}.nii.gz") for c in range(2)]
         stacked = np.stack([np.asarray(p.dataobj) for p in parts], -1)
@@ -264,7 +264,7 @@ def test_plain_folder_with_channel_files_and_with_4d_files(make_dataset: Callabl
         header.header.set_zooms((*parts[0].header.get_zooms(), 1.0))
         nibabel.save(header, tmp_path / f"case_{i:02d}.nii.gz")
     in_one = gather_slices(find_image_folder(tmp_path), num_slices=9)
-    assert torch.allclose(in_one.images, by_file.images, atol=1e-6)
+    assert torch.allclose(in_one.images, by_file.images, atol=1e-5)
 
 
 def test_same_seed_same_slices_whatever_the_number_of_workers(make_dataset: Callable[..., Path]) -> None:
