@@ -43,12 +43,14 @@ class Dataset:
         cases: All cases, sorted by name.
         channel_names: As in nnU-Net's dataset.json; they decide the normalisation (``CT`` is special).
         reader: nnU-Net's name of the reader that nnU-Net would choose, or ``monai``.
+        ignore_label: The label that says "not annotated", or None.
     """
 
     name: str
     cases: tuple[Case, ...]
     channel_names: tuple[str, ...]
     reader: str
+    ignore_label: int | None = None
 
     @property
     def num_patients(self) -> int:
@@ -63,13 +65,13 @@ class Image:
     Attributes:
         voxels: Shape (C, Z, Y, X), float32; a 2D image has Z = 1.
         spacing: Voxel size along (Z, Y, X) in mm.
-        foreground: Where the label is above background, shape (Z, Y, X), or None without a label.
+        label: Class of each voxel, shape (Z, Y, X), int16, or None without a label.
         hashes: SHA-256 of each image file, then of the label file if there is one.
     """
 
     voxels: np.ndarray
     spacing: tuple[float, float, float]
-    foreground: np.ndarray | None
+    label: np.ndarray | None
     hashes: tuple[str, ...]
 
 
@@ -99,7 +101,15 @@ def find_nnunet_dataset(dataset: str | int) -> Dataset:
                 raise UserError(f"case {case.name}: {file} does not exist. Add the file, or leave the case out.")
     _require_two(cases, folder)
     names = _in_order(channels, folder / "dataset.json")
-    return Dataset(folder.name, cases, names, _nnunet_reader(description, cases[0].images[0]))
+    labels = description.get("labels")
+    ignored = labels.get("ignore") if isinstance(labels, dict) else None
+    return Dataset(
+        folder.name,
+        cases,
+        names,
+        _nnunet_reader(description, cases[0].images[0]),
+        ignore_label=ignored if isinstance(ignored, int) else None,
+    )
 
 
 def find_image_folder(path: str | Path, channel_names: Sequence[str] | None = None) -> Dataset:
@@ -160,6 +170,44 @@ def with_patients(dataset: Dataset, table: str | Path) -> Dataset:
     return replace(dataset, cases=tuple(replace(c, patient=patients[c.name]) for c in dataset.cases))
 
 
+def without_validation_cases(dataset: Dataset, fold: int, preprocessed: str | Path | None) -> Dataset:
+    """The training cases of one of nnU-Net's folds.
+
+    Args:
+        dataset: An nnU-Net dataset.
+        fold: Which fold.
+        preprocessed: The dataset's folder in nnUNet_preprocessed, where ``splits_final.json`` may lie; without that file
+            the split is the one that nnU-Net is going to make.
+
+    Raises:
+        UserError: No such fold, or a split that names cases which the dataset does not have.
+    """
+    from nnunetv2.utilities.crossval_split import generate_crossval_split
+
+    names = sorted(case.name for case in dataset.cases)
+    file = Path(preprocessed) / "splits_final.json" if preprocessed is not None else None
+    if file is not None and file.is_file():
+        try:
+            splits = json.loads(file.read_text(encoding="utf-8"))
+            parts = [(set(split["train"]), set(split["val"])) for split in splits]
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{file} is no nnU-Net split ({error!r}). Repair it or remove it.") from error
+        where = str(file)
+    else:
+        if len(names) < 5:
+            raise UserError(f"{dataset.name} has {len(names)} cases, too few for nnU-Net's five folds. Pass -f all.")
+        parts = [(set(s["train"]), set(s["val"])) for s in generate_crossval_split(names)]
+        where = "nnU-Net's split"
+    if not 0 <= fold < len(parts):
+        raise UserError(f"{where} has no fold {fold}: it has folds 0 to {len(parts) - 1}.")
+    training, validation = parts[fold]
+    if unknown := sorted(training - set(names)):
+        raise UserError(
+            f"{where} names {len(unknown)} cases that {dataset.name} does not have ({listed(unknown)}). Correct one of the two."
+        )
+    return replace(dataset, cases=tuple(c for c in dataset.cases if c.name in training - validation))
+
+
 def sampled_cases(dataset: Dataset, num_cases: int, seed: int) -> tuple[Case, ...]:
     """At most ``num_cases`` cases, spread over patients before any patient comes twice; sorted by name."""
     rng = np.random.default_rng(seed)
@@ -209,16 +257,16 @@ def read_case(case: Case, reader: str, num_channels: int) -> Image:
             )
     if any(s <= 0 or not np.isfinite(s) for s in spacing):
         raise UserError(f"{what} states a voxel size of {spacing} mm. Repair the header.")
-    foreground = None
+    label = None
     if case.label is not None:
-        label, _ = read((case.label,), reader)
-        if label.shape[1:] != voxels.shape[1:]:
+        read_label, _ = read((case.label,), reader)
+        if read_label.shape[1:] != voxels.shape[1:]:
             raise UserError(
-                f"case {case.name}: image {tuple(voxels.shape[1:])} and label {tuple(label.shape[1:])} differ in shape "
+                f"case {case.name}: image {tuple(voxels.shape[1:])} and label {tuple(read_label.shape[1:])} differ in shape "
                 f"(z, y, x; {case.label}). Resample the label onto the image, or leave the case out."
             )
-        foreground = label[0] > 0
-    return Image(voxels, spacing, foreground, tuple(map(sha256, files)))
+        label = read_label[0].astype(np.int16)
+    return Image(voxels, spacing, label, tuple(map(sha256, files)))
 
 
 def _refuse_what_itk_hides(case: Case, file: Path) -> None:

@@ -62,6 +62,7 @@ def run_demo(folder: Path, overwrite: bool = False) -> None:
         # a few workers are enough for a few blocks; nnU-Net would start dozens
         "nnUNet_n_proc_DA": "1",
         "nnUNet_def_n_proc": "1",
+        "MTL_CACHE": str(folder / "cache"),
         "MTL_ITERATIONS_PER_EPOCH": ITERATIONS,
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
     }

@@ -51,6 +51,20 @@ class TimmEncoder(nn.Module):
         features: list[Tensor] = self.timm(images)
         return features
 
+    def first_levels(self, images: Tensor, num_levels: int) -> list[Tensor]:
+        """The ``num_levels`` shallowest feature maps; layers beyond them are not run."""
+        if num_levels >= len(self.output_channels):
+            return self.forward(images)
+        features: list[Tensor] = self.timm.model.forward_intermediates(
+            images,
+            indices=list(self.timm.out_indices)[:num_levels],
+            norm=self.timm.norm,
+            output_fmt=self.timm.output_fmt,
+            stop_early=True,
+            intermediates_only=True,
+        )
+        return features
+
     def load_weights(self, weights: Mapping[str, Tensor], source: str) -> list[str]:
         """Load a classifier's weights strictly: every tensor of the encoder must come from the file.
 

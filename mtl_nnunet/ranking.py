@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from joblib import Parallel, delayed
-from torch import Tensor
+from torch import nn
 from tqdm import tqdm
 
+from mtl_nnunet import __version__
+from mtl_nnunet.cache import ResultCache, Scored
 from mtl_nnunet.checkpoints import Checkpoint, read_contents
-from mtl_nnunet.encoder import TimmEncoder, random_encoder
+from mtl_nnunet.decision import Rule, choose
+from mtl_nnunet.embedding import Target, digest, embed, make_target
+from mtl_nnunet.encoder import random_encoder
 from mtl_nnunet.errors import UserError
 from mtl_nnunet.scores import Score
 from mtl_nnunet.slices import Slices
-from mtl_nnunet.views import make_views
 
-BATCH_SIZE = 32
 BOOTSTRAP_DRAWS = 2000
 INTERVAL = (2.5, 97.5)
 RANDOM = "random"
@@ -37,7 +41,7 @@ class RankedCheckpoint:
         probability_of_best_score: Share of the bootstrap draws in which it scores best among the checkpoints; None for
             the random initialisation, which is no candidate.
         undecided: Whether the paired interval of its difference to the best score holds zero.
-        not_loaded: Tensors of the file that the encoder has no place for (head, final norm).
+        levels: The score at each level that it read.
     """
 
     checkpoint: Checkpoint | None
@@ -46,7 +50,7 @@ class RankedCheckpoint:
     high: float
     probability_of_best_score: float | None
     undecided: bool
-    not_loaded: tuple[str, ...] = ()
+    levels: dict[int, float] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -56,14 +60,17 @@ class RankedCheckpoint:
 
 @dataclass(frozen=True)
 class Ranking:
-    """All checkpoints of a run, scored.
+    """All checkpoints of a run, by one score.
 
     Attributes:
         score: Which score.
         encoder: timm's name of the architecture.
         checkpoints: In the order of their epochs.
         random: The same encoder at random initialisation: a yardstick, never chosen.
-        best: Index of the chosen checkpoint: the best score; of equal scores the later epoch.
+        best: Index of the best score; of equal scores the later epoch.
+        rule: By which rule the choice is made.
+        choice: Index of the chosen checkpoint.
+        samples: Score of each checkpoint on each bootstrap draw, shape (K, B).
     """
 
     score: Score
@@ -71,11 +78,14 @@ class Ranking:
     checkpoints: tuple[RankedCheckpoint, ...]
     random: RankedCheckpoint
     best: int
+    rule: Rule
+    choice: int
+    samples: np.ndarray = field(repr=False)
 
     @property
     def chosen(self) -> RankedCheckpoint:
-        """The checkpoint with the best score."""
-        return self.checkpoints[self.best]
+        """The checkpoint to start from."""
+        return self.checkpoints[self.choice]
 
     @property
     def last(self) -> RankedCheckpoint | None:
@@ -85,7 +95,7 @@ class Ranking:
 
     @property
     def undecided(self) -> tuple[RankedCheckpoint, ...]:
-        """Checkpoints that the score cannot tell from the chosen one, the chosen one included."""
+        """Checkpoints that the score cannot tell from the best one, the best one included."""
         return tuple(c for c in self.checkpoints if c.undecided)
 
     def better(self, a: RankedCheckpoint, b: RankedCheckpoint) -> bool:
@@ -97,98 +107,100 @@ def rank_checkpoints(
     checkpoints: Sequence[Checkpoint],
     encoder: str,
     slices: Slices,
-    score: Score,
+    scores: Score | Sequence[Score],
     seed: int = 0,
     device: str = "cpu",
-) -> Ranking:
+    rule: Rule | None = None,
+    cache: ResultCache | None = None,
+    precision: str = "auto",
+) -> tuple[Ranking, ...]:
     """Score checkpoints of one architecture on the same slices and views.
 
-    Checkpoints are scored through joblib: one after the other by default, and in parallel inside a
-    ``joblib.parallel_config`` of the caller's.
+    Checkpoints are scored through joblib: one after the other by default, and in parallel inside
+    ``mtl_nnunet.parallel.workers`` or a ``joblib.parallel_config`` of the caller's. With ``device="cuda"`` and several
+    GPUs there is one worker for each GPU.
 
     Args:
         checkpoints: What to rank.
         encoder: timm's name of their architecture.
-        slices: The target.
-        score: By which score.
-        seed: Seed of views, bootstrap and random initialisation.
+        slices: The target; with labels where a score needs them.
+        scores: By which scores; all share one pass over the slices.
+        seed: Seed of views, pixels, bootstrap and random initialisation.
         device: Where the encoder runs: ``cpu``, ``cuda`` or ``mps``.
+        rule: By which rule each ranking chooses; None for the best score.
+        cache: Where results are looked up and kept; None for nowhere.
+        precision: ``fp32``, ``bf16``, or ``auto``: bf16 on GPUs that have it.
+
+    Returns:
+        One ranking a score, in the order of the scores.
 
     Raises:
         UserError: A checkpoint that does not fit, a level that the encoder does not have, or not enough patients.
     """
+    scores = [scores] if isinstance(scores, Score) else list(scores)
+    rule = rule or Rule()
     if not checkpoints:
         raise UserError("no checkpoint to rank. Pass a run's folder or its files with -ckpt.")
-    views = make_views(slices.images, score.views, score.num_views, seed)
-    draws = bootstrap_draws(slices.num_patients, BOOTSTRAP_DRAWS, seed)
+    choose(rule, [0.0] * len(checkpoints), np.zeros((len(checkpoints), 1)), 0.0, [c.epoch for c in checkpoints])
     candidates: list[Checkpoint | None] = [*checkpoints, None]
-    jobs = (delayed(_score)(c, encoder, views, slices.patients, score, draws, seed, device) for c in candidates)
-    values, samples, not_loaded = [], [], []
-    with tqdm(total=len(candidates), desc="Scoring checkpoints", unit="checkpoint", file=sys.stderr) as bar:
-        for value, sample, rest in Parallel(return_as="generator")(jobs):
-            values.append(value)
-            samples.append(sample)
-            not_loaded.append(rest)
-            bar.update()
-    sign = 1.0 if score.higher_is_better else -1.0
-    best = max(range(len(checkpoints)), key=lambda i: (sign * values[i], _age(checkpoints[i])))
-    candidate_samples = np.stack(samples[:-1])
-    wins = _share_of_wins(sign * candidate_samples)
-    ranked = []
-    for i, checkpoint in enumerate(candidates):
-        low, high = interval(samples[i])
-        difference_low, difference_high = interval(samples[i] - samples[best])
-        ranked.append(
-            RankedCheckpoint(
-                checkpoint=checkpoint,
-                value=values[i],
-                low=low,
-                high=high,
-                probability_of_best_score=float(wins[i]) if checkpoint is not None else None,
-                undecided=bool(i == best or difference_low <= 0 <= difference_high),
-                not_loaded=tuple(not_loaded[i]),
-            )
+    content = _content(slices, encoder, seed, device, precision)
+    contents = {(i, s): content(candidate, s) for i, candidate in enumerate(candidates) for s in scores}
+    results: dict[tuple[int, Score], Scored] = {}
+    for key, described in contents.items():
+        if cache is not None and (kept := cache.read(described)) is not None:
+            results[key] = kept
+    missing = [i for i in range(len(candidates)) if any((i, s) not in results for s in scores)]
+    if missing:
+        wanted = {i: [s for s in scores if (i, s) not in results] for i in missing}
+        target = make_target(slices, [s for s in scores if any(s in w for w in wanted.values())], seed)
+        done = len(candidates) - len(missing)
+        bar = tqdm(
+            total=len(candidates),
+            initial=done,
+            desc=f"Scoring checkpoints{f' ({done} from the cache)' if done else ''}",
+            unit="checkpoint",
+            file=sys.stderr,
         )
-    return Ranking(score, encoder, tuple(ranked[:-1]), ranked[-1], best)
+        with bar:
+            for i, found in _scored_in_parallel(wanted, candidates, encoder, target, seed, device, precision):
+                for position, scored in found:
+                    score = wanted[i][position]
+                    results[i, score] = scored
+                    if cache is not None:
+                        cache.keep(contents[i, score], scored)
+                bar.update()
+    return tuple(
+        _ranking(s, encoder, candidates, [results[i, s] for i in range(len(candidates))], rule) for s in scores
+    )
 
 
-def embed(encoder: TimmEncoder, images: Tensor, level: int, pooled: bool, device: str = "cpu") -> Tensor:
-    """Embeddings of images: one feature map, averaged over space or flattened.
+def score_encoder(
+    module: nn.Module,
+    slices: Slices,
+    scores: Score | Sequence[Score],
+    seed: int = 0,
+    device: str = "cpu",
+    precision: str = "auto",
+) -> tuple[Scored, ...]:
+    """Score any encoder, not only timm's.
 
     Args:
-        encoder: Used in eval mode.
-        images: Shape (N, C, H, W).
-        level: 1 is the shallowest feature map, -1 the deepest.
-        pooled: Average over space, or keep every position.
-        device: Where the forwards run.
+        module: Images (N, C, H, W) to a list of feature maps (N, D, h, w), shallow to deep.
+        slices: The target; with labels where a score needs them.
+        scores: By which scores.
+        seed: Seed of views, pixels and bootstrap.
+        device: Where it runs.
+        precision: ``fp32``, ``bf16``, or ``auto``.
 
     Returns:
-        Shape (N, D), float32, on the CPU.
+        One result a score. Results of several encoders on the same slices and seed are paired: their samples belong to
+        the same resampled patients.
 
     Raises:
-        UserError: The encoder has no such level, or cannot take images of this size.
+        UserError: The module gives no feature maps, or not the level asked for.
     """
-    levels = len(encoder.output_channels)
-    if not (1 <= level <= levels or -levels <= level <= -1):
-        raise UserError(
-            f"encoder '{encoder.name}' has no level {level}: it has levels 1 to {levels}, or -1 to -{levels}."
-        )
-    index = level - 1 if level > 0 else level
-    encoder = encoder.to(device).eval()
-    embedded = []
-    with torch.inference_mode():
-        for batch in torch.split(images, BATCH_SIZE):
-            try:
-                features = encoder(batch.to(device))[index]
-            except (AssertionError, RuntimeError) as error:
-                if "memory" in str(error):
-                    raise UserError(f"out of memory on {device}. Pass -device cpu, or fewer -num_slices.") from error
-                raise UserError(
-                    f"encoder '{encoder.name}' cannot take slices of {tuple(batch.shape[2:])} pixels ({error}). "
-                    "Use a convolutional encoder."
-                ) from error
-            embedded.append((features.mean((2, 3)) if pooled else features.flatten(1)).float().cpu())
-    return torch.cat(embedded)
+    scores = [scores] if isinstance(scores, Score) else list(scores)
+    return tuple(_evaluate(module, make_target(slices, scores, seed), scores, seed, device, precision))
 
 
 def bootstrap_draws(num_patients: int, num_draws: int, seed: int) -> np.ndarray:
@@ -203,23 +215,122 @@ def interval(sample: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _score(
-    checkpoint: Checkpoint | None,
-    encoder_name: str,
-    views: Tensor,
-    patients: np.ndarray,
-    score: Score,
-    draws: np.ndarray,
+def _scored_in_parallel(
+    wanted: dict[int, list[Score]],
+    candidates: Sequence[Checkpoint | None],
+    encoder: str,
+    target: Target,
     seed: int,
     device: str,
-) -> tuple[float, np.ndarray, list[str]]:
-    encoder = random_encoder(encoder_name, views.shape[2], seed)
-    not_loaded = []
-    if checkpoint is not None:
-        not_loaded = encoder.load_weights(read_contents(checkpoint.path).weights, str(checkpoint.path))
-    embeddings = torch.stack([embed(encoder, view, score.level, score.pooled, device) for view in views])
-    statistic = score.statistic(embeddings, patients)
-    return float(statistic(np.ones((1, draws.shape[1])))[0]), statistic(draws), not_loaded
+    precision: str,
+) -> Iterator[tuple[int, list[tuple[int, Scored]]]]:
+    devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if device == "cuda" else [device]
+    # one worker a GPU: each takes every k-th checkpoint; elsewhere a worker takes one checkpoint at a time
+    several = len(devices) > 1
+    groups = [list(wanted)[i :: len(devices)] for i in range(len(devices))] if several else [[i] for i in wanted]
+    jobs = (
+        delayed(_score_group)(
+            [(i, candidates[i], wanted[i]) for i in group],
+            encoder,
+            target,
+            seed,
+            devices[g % len(devices)],
+            precision,
+        )
+        for g, group in enumerate(groups)
+        if group
+    )
+    parallel = Parallel(return_as="generator_unordered", **({"n_jobs": len(devices)} if several else {}))
+    for group_results in parallel(jobs):
+        yield from group_results
+
+
+def _score_group(
+    group: Sequence[tuple[int, Checkpoint | None, list[Score]]],
+    encoder_name: str,
+    target: Target,
+    seed: int,
+    device: str,
+    precision: str,
+) -> list[tuple[int, list[tuple[int, Scored]]]]:
+    results = []
+    for index, checkpoint, scores in group:
+        encoder = random_encoder(encoder_name, target.input_channels, seed)
+        if checkpoint is not None:
+            encoder.load_weights(read_contents(checkpoint.path).weights, str(checkpoint.path))
+        found = _evaluate(encoder, target, scores, seed, device, precision)
+        results.append((index, list(enumerate(found))))
+    return results
+
+
+def _evaluate(
+    encoder: nn.Module, target: Target, scores: Sequence[Score], seed: int, device: str, precision: str
+) -> list[Scored]:
+    features = embed(encoder, target, scores, device, precision)
+    draws = bootstrap_draws(target.num_patients, BOOTSTRAP_DRAWS, seed)
+    found = []
+    for score in scores:
+        statistic, levels = score.statistic(features)
+        value = float(statistic(np.ones((1, target.num_patients)))[0])
+        if not np.isfinite(value):
+            raise UserError(
+                f"score '{score.name}' is {value} for encoder '{features.encoder}': its features are degenerate on these "
+                "slices. Choose another score or level."
+            )
+        found.append(Scored(value, statistic(draws), levels))
+    return found
+
+
+def _content(
+    slices: Slices, encoder: str, seed: int, device: str, precision: str
+) -> Callable[[Checkpoint | None, Score], dict[str, Any]]:
+    digests = {labelled: digest(slices, labelled) for labelled in (False, True)}
+    common = {
+        "encoder": encoder,
+        "seed": seed,
+        "draws": BOOTSTRAP_DRAWS,
+        "device": device,
+        "precision": precision,
+        "versions": [__version__, *(importlib.metadata.version(p) for p in ("torch", "timm", "monai", "numpy"))],
+    }
+
+    def of(checkpoint: Checkpoint | None, score: Score) -> dict[str, Any]:
+        return {
+            **common,
+            "checkpoint": RANDOM if checkpoint is None else checkpoint.sha256,
+            "slices": digests[score.labels],
+            "score": [score.text, score.views, score.num_views, score.strength],
+        }
+
+    return of
+
+
+def _ranking(
+    score: Score, encoder: str, candidates: Sequence[Checkpoint | None], results: Sequence[Scored], rule: Rule
+) -> Ranking:
+    sign = 1.0 if score.higher_is_better else -1.0
+    values = [sign * r.value for r in results[:-1]]
+    samples = np.stack([r.sample for r in results[:-1]])
+    epochs = [None if c is None else c.epoch for c in candidates[:-1]]
+    best = choose(Rule(), values, sign * samples, sign * results[-1].value, epochs)
+    choice = choose(rule, values, sign * samples, sign * results[-1].value, epochs)
+    wins = _share_of_wins(sign * samples)
+    ranked = []
+    for i, (checkpoint, result) in enumerate(zip(candidates, results, strict=True)):
+        low, high = interval(result.sample)
+        difference_low, difference_high = interval(result.sample - samples[best])
+        ranked.append(
+            RankedCheckpoint(
+                checkpoint=checkpoint,
+                value=result.value,
+                low=low,
+                high=high,
+                probability_of_best_score=float(wins[i]) if checkpoint is not None else None,
+                undecided=bool(i == best or difference_low <= 0 <= difference_high),
+                levels=result.levels,
+            )
+        )
+    return Ranking(score, encoder, tuple(ranked[:-1]), ranked[-1], best, rule, choice, samples)
 
 
 def _age(checkpoint: Checkpoint | None) -> int:

@@ -14,40 +14,30 @@ from mtl_nnunet.ranking import RankedCheckpoint, Ranking
 FEW_PATIENTS = 10
 
 
-def ranking_table(ranking: Ranking) -> str:
-    """The ranking as CSV, one row a checkpoint, the random initialisation last."""
+def ranking_table(rankings: Sequence[Ranking]) -> str:
+    """The rankings as CSV, one row a checkpoint and score, the random initialisation last of each score."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        [
-            "epoch",
-            "file",
-            "score",
-            "low",
-            "high",
-            "probability_of_best_score",
-            "undecided",
-            "chosen",
-            "last",
-            "logged_accuracy",
-        ]
-    )
-    for row in (*ranking.checkpoints, ranking.random):
-        checkpoint = row.checkpoint
-        writer.writerow(
-            [
-                checkpoint.epoch if checkpoint else None,
-                checkpoint.path.name if checkpoint else row.label,
-                row.value,
-                row.low,
-                row.high,
-                row.probability_of_best_score,
-                row.undecided,
-                row is ranking.chosen,
-                row is ranking.last,
-                checkpoint.logged_accuracy if checkpoint else None,
-            ]
-        )
+    names = "name,epoch,file,score,low,high,probability_of_best_score,undecided,chosen,last,logged_accuracy"
+    writer.writerow(names.split(","))
+    for ranking in rankings:
+        for row in (*ranking.checkpoints, ranking.random):
+            checkpoint = row.checkpoint
+            writer.writerow(
+                [
+                    ranking.score.name,
+                    checkpoint.epoch if checkpoint else None,
+                    checkpoint.path.name if checkpoint else row.label,
+                    row.value,
+                    row.low,
+                    row.high,
+                    row.probability_of_best_score,
+                    row.undecided,
+                    row is ranking.chosen,
+                    row is ranking.last,
+                    checkpoint.logged_accuracy if checkpoint else None,
+                ]
+            )
     return text.getvalue()
 
 
@@ -75,7 +65,20 @@ def ranking_text(ranking: Ranking) -> str:
             f"{row.label:>8}  {row.value:8.4f}  [{row.low:7.4f}, {row.high:7.4f}]  {probability:>13}  "
             f"{'' if accuracy is None else f'{accuracy:.2f} %':>14}  {', '.join(notes)}".rstrip()
         )
-    lines.append(f"score '{ranking.score.name}': {direction} is better; intervals by bootstrap over patients.")
+    lines.append(
+        f"score '{ranking.score.name}': {direction} is better; intervals by bootstrap over patients; rule: {ranking.rule.text}."
+    )
+    return "\n".join(lines)
+
+
+def others_text(rankings: Sequence[Ranking]) -> str:
+    """One line a score that was computed beside the choosing one: what it would have chosen."""
+    lines = [f"{'beside it':>12}  {'would choose':>12}  {'score':>9}  {'random':>9}  undecided"]
+    for ranking in rankings:
+        lines.append(
+            f"{ranking.score.name:>12}  {ranking.chosen.label:>12}  {ranking.chosen.value:9.4f}  {ranking.random.value:9.4f}  "
+            f"{', '.join(c.label for c in ranking.undecided)}"
+        )
     return "\n".join(lines)
 
 
@@ -83,7 +86,7 @@ def warnings_in_words(ranking: Ranking, num_patients: int) -> list[str]:
     """What a user should know before believing the choice."""
     warnings = []
     undecided = ranking.undecided
-    if len(undecided) > 1:
+    if len(undecided) > 1 and ranking.rule.name == "best":
         names = ", ".join(c.label for c in undecided)
         warnings.append(
             f"The score cannot tell {len(undecided)} of {len(ranking.checkpoints)} checkpoints apart ({names}): "
@@ -93,6 +96,10 @@ def warnings_in_words(ranking: Ranking, num_patients: int) -> list[str]:
         warnings.append(
             "No checkpoint scores better than the random initialisation of the same encoder. Compare with training "
             "from scratch (-tr MTLTrainerScratch)."
+        )
+    if ranking.rule.name == "non-inferior" and ranking.chosen is ranking.last:
+        warnings.append(
+            "No earlier checkpoint is known to be good enough by the non-inferiority rule: the last one is taken."
         )
     if num_patients < FEW_PATIENTS:
         warnings.append(f"Only {num_patients} patients were read: intervals from so few are too narrow.")
@@ -121,7 +128,7 @@ def draw_ranking(ranking: Ranking, dataset: str, path: Path) -> None:
         capsize=3,
         label=f"{ranking.score.name} score, 95 % interval",
     )
-    best = ranking.best
+    best = ranking.choice
     axes.plot(
         [x[best]],
         [values[best]],

@@ -21,6 +21,7 @@ from mtl_nnunet.encoder import TimmEncoder
 from mtl_nnunet.errors import UserError
 from mtl_nnunet.files import folder_written_atomically, sha256, to_json, write_text
 from mtl_nnunet.ranking import INTERVAL, RankedCheckpoint, Ranking
+from mtl_nnunet.scores import Score
 from mtl_nnunet.slices import Slices
 
 SCHEMA_VERSION = 1
@@ -45,6 +46,8 @@ class Selection:
         dataset: Name of the dataset it was chosen on.
         score: Name, parameters and value of the score.
         created_with: Version of mtl-nnunet that wrote it.
+        fold: Whose validation cases were kept out where labels were used, ``all`` where none were, None where no label
+            was looked at.
     """
 
     folder: Path
@@ -57,6 +60,7 @@ class Selection:
     dataset: str
     score: dict[str, Any]
     created_with: str
+    fold: int | str | None = None
 
     def record(self) -> dict[str, Any]:
         """Everything but the folder, as it goes into the plans and every model trained from it."""
@@ -74,23 +78,25 @@ class Selection:
 
 def write_selection(
     folder: str | Path,
-    ranking: Ranking,
+    rankings: Sequence[Ranking],
     dataset: Dataset,
     slices: Slices,
     seed: int,
     command: Sequence[str],
     overwrite: bool = False,
+    fold: int | str | None = None,
 ) -> dict[str, Any]:
     """Write ``selection.json``, ``encoder.safetensors``, ``ranking.csv`` and ``ranking.png``, all or nothing.
 
     Args:
         folder: Where to; its parents are made.
-        ranking: What was found.
+        rankings: What was found; the first one chooses.
         dataset: On which dataset.
         slices: On which slices.
         seed: Seed of the run.
         command: The command that repeats it.
         overwrite: Replace a selection that is there.
+        fold: Whose validation cases were kept out where labels were used, or ``all``.
 
     Returns:
         The content of ``selection.json``.
@@ -102,11 +108,17 @@ def write_selection(
 
     refuse_foreign_folder(folder, overwrite)
     with folder_written_atomically(folder, overwrite) as temporary:
-        _write_encoder(temporary / ENCODER_FILE, ranking)
-        content = _content(ranking, dataset, slices, seed, command, sha256(temporary / ENCODER_FILE))
+        not_loaded = _write_encoder(temporary / ENCODER_FILE, rankings[0])
+        encoder = {
+            "name": rankings[0].encoder,
+            "file": ENCODER_FILE,
+            "sha256": sha256(temporary / ENCODER_FILE),
+            "not_loaded": not_loaded,
+        }
+        content = _content(rankings, dataset, slices, seed, command, encoder, fold)
         write_text(temporary / SELECTION_FILE, to_json(content))
-        write_text(temporary / "ranking.csv", ranking_table(ranking))
-        draw_ranking(ranking, dataset.name, temporary / "ranking.png")
+        write_text(temporary / "ranking.csv", ranking_table(rankings))
+        draw_ranking(rankings[0], dataset.name, temporary / "ranking.png")
     return content
 
 
@@ -139,6 +151,7 @@ def read_selection(folder: str | Path) -> Selection:
             dataset=content["dataset"]["name"],
             score={**content["score"], "value": chosen["value"]},
             created_with=content["versions"]["mtl-nnunet"],
+            fold=content.get("labels", {}).get("fold"),
         )
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise UserError(f"{path} is damaged ({error!r}). Run mtl-select-checkpoint again with --overwrite.") from error
@@ -180,10 +193,13 @@ def refuse_foreign_folder(folder: str | Path, overwrite: bool) -> None:
         )
 
 
-def _write_encoder(path: Path, ranking: Ranking) -> None:
+def _write_encoder(path: Path, ranking: Ranking) -> list[str]:
     checkpoint = ranking.chosen.checkpoint
     assert checkpoint is not None
-    weights = TimmEncoder(ranking.encoder).own_part(read_contents(checkpoint.path).weights)
+    encoder, contents = TimmEncoder(ranking.encoder), read_contents(checkpoint.path)
+    # scoring may have stopped before the last layers: what training will load is checked here
+    not_loaded = encoder.load_weights(contents.weights, str(checkpoint.path))
+    weights = encoder.own_part(contents.weights)
     provenance = {
         "architecture": ranking.encoder,
         "checkpoint": checkpoint.path.name,
@@ -195,11 +211,19 @@ def _write_encoder(path: Path, ranking: Ranking) -> None:
         save_file(weights, path, metadata={"mtl_nnunet": json.dumps(provenance, sort_keys=True)})
     except SafetensorError as error:
         raise OSError(str(error)) from error
+    return not_loaded
 
 
 def _content(
-    ranking: Ranking, dataset: Dataset, slices: Slices, seed: int, command: Sequence[str], encoder_sha256: str
+    rankings: Sequence[Ranking],
+    dataset: Dataset,
+    slices: Slices,
+    seed: int,
+    command: Sequence[str],
+    encoder: dict[str, Any],
+    fold: int | str | None,
 ) -> dict[str, Any]:
+    ranking = rankings[0]
     used = [
         {"name": c.name, "patient": c.patient, "sha256": list(c.sha256), "num_slices": c.num_slices}
         for c in slices.used
@@ -209,29 +233,25 @@ def _content(
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(command),
         "seed": seed,
-        "rule": "best score",
+        "rule": ranking.rule.text,
         "choice": _entry(ranking.chosen),
         "undecided": [c.label for c in ranking.undecided],
-        "score": {
-            "name": ranking.score.name,
-            "parameters": ranking.score.parameters,
-            "higher_is_better": ranking.score.higher_is_better,
-            "views": ranking.score.views,
-            "num_views": ranking.score.num_views,
-        },
+        "score": _described(ranking.score),
         "interval": {"percentiles": list(INTERVAL), "bootstrap": "patients"},
         "checkpoints": [_entry(c) for c in ranking.checkpoints],
-        "random_initialisation": {
-            "value": ranking.random.value,
-            "low": ranking.random.low,
-            "high": ranking.random.high,
-        },
-        "encoder": {
-            "name": ranking.encoder,
-            "file": ENCODER_FILE,
-            "sha256": encoder_sha256,
-            "not_loaded": list(ranking.chosen.not_loaded),
-        },
+        "random_initialisation": _measured(ranking.random),
+        "other_scores": [
+            {
+                "score": _described(r.score),
+                "would_choose": r.chosen.label,
+                "undecided": [c.label for c in r.undecided],
+                "checkpoints": [{"label": c.label, **_measured(c)} for c in r.checkpoints],
+                "random_initialisation": _measured(r.random),
+            }
+            for r in rankings[1:]
+        ],
+        "labels": {"used": any(r.score.labels for r in rankings), "fold": fold},
+        "encoder": encoder,
         "dataset": {
             "name": dataset.name,
             "channel_names": list(dataset.channel_names),
@@ -239,6 +259,7 @@ def _content(
             "num_cases": len(dataset.cases),
             "num_patients": dataset.num_patients,
             "cases_used": used,
+            "cases_skipped": [{"name": name, "reason": reason} for name, reason in slices.skipped],
         },
         "slices": {
             "shape": list(slices.images.shape),
@@ -262,10 +283,33 @@ def _entry(ranked: RankedCheckpoint) -> dict[str, Any]:
         "epoch": checkpoint.epoch,
         "format": checkpoint.kind,
         "sha256": checkpoint.sha256,
+        **_measured(ranked),
+        "logged_accuracy": checkpoint.logged_accuracy,
+    }
+
+
+def _measured(ranked: RankedCheckpoint) -> dict[str, Any]:
+    measured = {
         "value": ranked.value,
         "low": ranked.low,
         "high": ranked.high,
-        "probability_of_best_score": ranked.probability_of_best_score,
-        "undecided": ranked.undecided,
-        "logged_accuracy": checkpoint.logged_accuracy,
+        "levels": {str(level): value for level, value in ranked.levels.items()},
+    }
+    if ranked.checkpoint is not None:
+        measured |= {
+            "probability_of_best_score": ranked.probability_of_best_score,
+            "undecided": ranked.undecided,
+        }
+    return measured
+
+
+def _described(score: Score) -> dict[str, Any]:
+    return {
+        "name": score.name,
+        "parameters": score.parameters,
+        "higher_is_better": score.higher_is_better,
+        "labels": score.labels,
+        "views": score.views,
+        "num_views": score.num_views,
+        "strength": score.strength,
     }

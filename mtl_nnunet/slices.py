@@ -12,6 +12,7 @@ import sys
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ MIN_SIDE, MAX_SIDE, SIDE_MULTIPLE = 64, 512, 32
 # HU; without labels, the CT statistics are those of everything denser than air and lung
 BODY_THRESHOLD = -500.0
 FOREGROUND_SAMPLES = 10_000_000
+SKIPPED_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,9 @@ class Slices:
         use_mask_for_norm: Whether nnU-Net normalises inside the nonzero region only.
         intensities: nnU-Net's foreground intensity properties of each channel; empty unless a channel is CT.
         used: The cases that were read, sorted by name.
+        labels: Class of each pixel, shape (N, H, W), int16, -1 where there is none to count (not annotated, outside the
+            image, beyond its border); None unless asked for.
+        skipped: Cases that could not be used, with the reason, where the caller let them be skipped.
     """
 
     images: Tensor
@@ -67,6 +72,8 @@ class Slices:
     use_mask_for_norm: bool
     intensities: dict[str, dict[str, float]]
     used: tuple[UsedCase, ...]
+    labels: Tensor | None = None
+    skipped: tuple[tuple[str, str], ...] = ()
 
     @property
     def num_patients(self) -> int:
@@ -87,6 +94,7 @@ class _Extract:
     positions: tuple[int, ...]
     taken: tuple[int, ...]
     foreground: list[np.ndarray]
+    labels: np.ndarray | None
 
 
 def gather_slices(
@@ -95,6 +103,8 @@ def gather_slices(
     num_cases: int = 64,
     seed: int = 0,
     num_workers: int | None = None,
+    with_labels: bool = False,
+    skip_bad_cases: bool = False,
 ) -> Slices:
     """Slices of a sample of cases, spread evenly over the cases, empty ones avoided.
 
@@ -104,18 +114,27 @@ def gather_slices(
         num_cases: How many cases at most; each is read once.
         seed: Decides which cases and slices.
         num_workers: Threads that read; None for one a core, at most eight.
+        with_labels: Keep the labels of the slices too; a class that few slices hold is not sought.
+        skip_bad_cases: Go on without a case that cannot be used, and name it in ``Slices.skipped``.
 
     Returns:
         Slices in the order of case names; the same for the same seed, whatever the number of workers.
 
     Raises:
-        UserError: A case that is not fit for use, or slices of fewer than two patients.
+        UserError: A case that is not fit for use (with ``skip_bad_cases``: more than a tenth of them), a case without a
+            label where labels are asked for, or slices of fewer than two patients.
     """
     cases = sampled_cases(dataset, min(num_cases, num_slices), seed)
     quotas = _quotas(len(cases), num_slices, seed)
     schemes = normalization_schemes(dataset.channel_names)
     workers = num_workers or min(8, os.cpu_count() or 1)
-    jobs = [delayed(_extract)(case, dataset, quota, seed) for case, quota in zip(cases, quotas, strict=True)]
+    if with_labels:
+        _refuse_unlabelled(cases, dataset)
+    extract_one = _extract_or_reason if skip_bad_cases else _extract
+    jobs = [
+        delayed(extract_one)(case, dataset, quota, seed, None, with_labels)
+        for case, quota in zip(cases, quotas, strict=True)
+    ]
     bar = tqdm(total=len(cases), desc="Reading cases", unit="case", file=sys.stderr)
     # nnU-Net's readers print to stdout, which belongs to the result
     with bar, open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
@@ -123,12 +142,20 @@ def gather_slices(
         for extract in Parallel(n_jobs=workers, prefer="threads", return_as="generator")(jobs):
             extracts.append(extract)
             bar.update()
+        skipped = tuple((c.name, e) for c, e in zip(cases, extracts, strict=True) if isinstance(e, str))
+        if len(skipped) > SKIPPED_SHARE * len(cases):
+            raise UserError(
+                f"{len(skipped)} of {len(cases)} sampled cases cannot be used, more than {SKIPPED_SHARE:.0%}. "
+                f"The first: {skipped[0][1]}"
+            )
+        quotas = [q for q, e in zip(quotas, extracts, strict=True) if not isinstance(e, str)]
+        extracts = [e for e in extracts if not isinstance(e, str)]
         spacings = np.array([e.spacing for e in extracts])
         median = np.percentile(spacings, 50, 0)
         axis = int(np.argmax(median))
         # the plane is known only now: a case sliced along another axis is read again
         extracts = [
-            e if e.axis == axis else _extract(e.case, dataset, quota, seed, axis)
+            e if e.axis == axis else _extract(e.case, dataset, quota, seed, axis, with_labels)
             for e, quota in zip(extracts, quotas, strict=True)
         ]
     target = [float(median[i]) for i in range(3) if i != axis]
@@ -143,6 +170,11 @@ def gather_slices(
         )
     size = _common_size(planes)
     images = torch.cat([_to_size(p, size) for p in planes])
+    labels = (
+        torch.cat([_labels_to_size(e, p.shape[2:], size) for e, p in zip(extracts, planes, strict=True)])
+        if with_labels
+        else None
+    )
     names = sorted({e.case.patient for e in extracts})
     if len(names) < 2:
         raise UserError(
@@ -161,6 +193,8 @@ def gather_slices(
         use_mask_for_norm=use_mask,
         intensities=intensities,
         used=tuple(UsedCase(e.case.name, e.case.patient, e.sha256, len(e.taken)) for e in extracts),
+        labels=labels,
+        skipped=skipped,
     )
 
 
@@ -180,13 +214,31 @@ def normalization_schemes(channel_names: Sequence[str]) -> tuple[str, ...]:
     return tuple(get_normalization_scheme(name).__name__ for name in channel_names)
 
 
-def _extract(case: Case, dataset: Dataset, quota: int, seed: int, axis: int | None = None) -> _Extract:
+def _refuse_unlabelled(cases: Sequence[Case], dataset: Dataset) -> None:
+    unlabelled = [case.name for case in cases if case.label is None]
+    if unlabelled:
+        raise UserError(
+            f"{len(unlabelled)} cases of {dataset.name} have no label ({listed(unlabelled)}), and labels are needed. "
+            "Add the labels, or choose a score that needs none."
+        )
+
+
+def _extract_or_reason(*arguments: Any) -> _Extract | str:
+    try:
+        return _extract(*arguments)
+    except UserError as error:
+        return str(error)
+
+
+def _extract(
+    case: Case, dataset: Dataset, quota: int, seed: int, axis: int | None = None, with_labels: bool = False
+) -> _Extract:
     from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
 
     image = read_case(case, dataset.reader, len(dataset.channel_names))
     axis = int(np.argmax(image.spacing)) if axis is None else axis
     order = [0, *(i + 1 for i in _plane_first(axis))]
-    label = None if image.foreground is None else image.foreground[None].astype(np.int8).transpose(order)
+    label = None if image.label is None else image.label[None].transpose(order)
     voxels, mask, _ = crop_to_nonzero(image.voxels.transpose(order), label)
     taken = _evenly(_not_empty(voxels), quota, np.random.default_rng([seed, zlib.crc32(case.name.encode())]))
     # nnU-Net clips resampled values to the range of the whole volume: its extreme slices travel along
@@ -208,7 +260,13 @@ def _extract(case: Case, dataset: Dataset, quota: int, seed: int, axis: int | No
         positions=tuple(positions),
         taken=taken,
         foreground=_foreground_samples(voxels, mask, label is not None, schemes, len(dataset.cases)),
+        labels=_countable(mask[:, list(taken)], dataset.ignore_label) if with_labels else None,
     )
+
+
+def _countable(labels: np.ndarray, ignore_label: int | None) -> np.ndarray:
+    # outside the image nnU-Net marks -1: background that no network has to tell from tissue
+    return np.where(labels == ignore_label, -1, labels) if ignore_label is not None else labels.copy()
 
 
 def _plane_first(axis: int) -> list[int]:
@@ -311,6 +369,22 @@ def _finish(
     resampled = resample_data_or_seg_to_shape(stack, shape, spacing, target, order=3, order_z=0, force_separate_z=None)
     kept = [extract.positions.index(t) for t in extract.taken]
     return torch.from_numpy(np.ascontiguousarray(resampled[:, kept].transpose(1, 0, 2, 3), dtype=np.float32))
+
+
+def _labels_to_size(extract: _Extract, shape: Sequence[int], size: tuple[int, int]) -> Tensor:
+    from monai.transforms import ResizeWithPadOrCrop
+    from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_shape
+
+    assert extract.labels is not None
+    labels = extract.labels
+    if tuple(labels.shape[2:]) != tuple(shape):
+        new_shape = (labels.shape[1], *shape)
+        # in-plane only, so the spacing across slices plays no part
+        labels = resample_data_or_seg_to_shape(
+            labels, new_shape, (1, 1, 1), (1, 1, 1), is_seg=True, order=1, order_z=0, force_separate_z=True
+        )
+    fitted = ResizeWithPadOrCrop(size, mode="constant", constant_values=-1)(np.asarray(labels[0], dtype=np.int16))
+    return torch.as_tensor(fitted.as_tensor()).to(torch.int16)
 
 
 def _common_size(planes: Sequence[Tensor]) -> tuple[int, int]:

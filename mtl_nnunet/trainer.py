@@ -176,6 +176,12 @@ class MTLTrainer(nnUNetTrainer):
                 f"the selection in {self.selection.folder} was made for {self.selection.dataset}, not for "
                 f"{plans['dataset_name']}. Run mtl-select-checkpoint for this dataset."
             )
+        if isinstance(self.selection.fold, int) and fold != self.selection.fold:
+            raise UserError(
+                f"the selection in {self.selection.folder} looked at labels of all cases but the validation cases of fold "
+                f"{self.selection.fold}, so fold {fold} would be validated on cases it was chosen by. Select for this fold: "
+                f"mtl-select-checkpoint -f {fold}."
+            )
         channels = len(dataset_json.get("channel_names", dataset_json.get("modality", {})))
         if channels != self.selection.input_channels:
             raise UserError(

@@ -13,14 +13,15 @@ from tqdm import tqdm
 from mtl_nnunet.errors import UserError, listed
 
 
-def make_views(images: Tensor, kind: str, num_views: int, seed: int) -> Tensor:
+def make_views(images: Tensor, kind: str, num_views: int, seed: int, strength: float = 1.0) -> Tensor:
     """Random views of each slice.
 
     Args:
         images: Slices, shape (N, C, H, W), float32.
-        kind: ``scanner`` or ``paper``.
+        kind: ``scanner``, ``paper``, or ``plain`` for the slices as they are.
         num_views: V.
         seed: Same seed, same views.
+        strength: How far views stray from the slice: 0 not at all, 1 as documented.
 
     Returns:
         Shape (V, N, C, H, W), float32.
@@ -30,11 +31,18 @@ def make_views(images: Tensor, kind: str, num_views: int, seed: int) -> Tensor:
     """
     if kind not in VIEWS:
         raise UserError(f"unknown views '{kind}'. Available: {listed(sorted(VIEWS))}.")
+    if kind == "plain" or strength == 0:
+        return images.expand(num_views, *images.shape)
     with tqdm(range(num_views), desc="Making views", unit="view", file=sys.stderr) as bar:
-        return torch.stack([VIEWS[kind](images, seed, view) for view in bar])
+        return torch.stack([VIEWS[kind](images, seed, view, strength) for view in bar])
 
 
-def paper_view(images: Tensor, seed: int, view: int) -> Tensor:
+def plain_view(images: Tensor, seed: int, view: int, strength: float = 1.0) -> Tensor:
+    """The slices as they are."""
+    return images
+
+
+def paper_view(images: Tensor, seed: int, view: int, strength: float = 1.0) -> Tensor:
     """The published jitter: brightness 10 %, contrast 5 %, saturation 10 %, hue 5 %, one factor for all slices.
 
     The jitter is defined on images in [0, 1], so each slice is jittered on its own range and put back. On images that
@@ -44,6 +52,7 @@ def paper_view(images: Tensor, seed: int, view: int) -> Tensor:
         images: Shape (N, C, H, W).
         seed: Seed of the run.
         view: Number of the view.
+        strength: 1 as published; the four ranges are multiplied by it.
 
     Returns:
         Shape (N, C, H, W).
@@ -58,22 +67,28 @@ def paper_view(images: Tensor, seed: int, view: int) -> Tensor:
     n, channels, height, columns = images.shape
     if channels != 3:
         in_range = in_range.reshape(n * channels, 1, height, columns)
+    jitter = ColorJitter(
+        brightness=0.1 * strength, contrast=0.05 * strength, saturation=0.1 * strength, hue=0.05 * strength
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_derived_seed(seed, view))
-        jittered = ColorJitter(brightness=0.1, contrast=0.05, saturation=0.1, hue=0.05)(in_range)
+        jittered = jitter(in_range)
     view_in_range: Tensor = jittered.reshape(images.shape)
     return view_in_range * width + low
 
 
-def scanner_view(images: Tensor, seed: int, view: int) -> Tensor:
-    """What differs between scanners and protocols: bias field, contrast curve, gain, offset, resolution and noise.
+def scanner_view(images: Tensor, seed: int, view: int, strength: float = 1.0) -> Tensor:
+    """What differs between scanners and protocols.
 
-    Strengths are in units of the slice's own standard deviation, so that they mean the same whatever the normalisation.
+    Position, bias field, contrast curve, blur, resolution, gain, offset and noise. Strengths are in units of the slice's
+    own standard deviation, so that they mean the same whatever the normalisation.
 
     Args:
         images: Shape (N, C, H, W).
         seed: Seed of the run.
         view: Number of the view.
+        strength: 1 for rotations up to 6 degrees, 5 % of size, 15 % of bias, gamma up to 4/3, blur up to 1 pixel, half
+            the resolution, 20 % of gain and offset, 15 % of noise; the ranges are multiplied by it.
 
     Returns:
         Shape (N, C, H, W).
@@ -81,21 +96,30 @@ def scanner_view(images: Tensor, seed: int, view: int) -> Tensor:
     from monai.transforms import (
         Compose,
         RandAdjustContrast,
+        RandAffine,
         RandBiasField,
         RandGaussianNoise,
         RandGaussianSmooth,
         RandScaleIntensity,
         RandShiftIntensity,
+        RandSimulateLowResolution,
     )
 
+    sigma = (0.25 * strength, strength)
     scanner = Compose(
         [
-            RandBiasField(degree=2, coeff_range=(0.0, 0.15), prob=1.0),
-            RandAdjustContrast(prob=1.0, gamma=(0.75, 1.33), retain_stats=True),
-            RandGaussianSmooth(sigma_x=(0.25, 1.0), sigma_y=(0.25, 1.0), prob=0.5),
-            RandScaleIntensity(factors=0.2, prob=1.0),
-            RandShiftIntensity(offsets=0.2, prob=1.0),
-            RandGaussianNoise(prob=1.0, mean=0.0, std=0.15),
+            RandAffine(
+                prob=1.0, rotate_range=0.1 * strength, scale_range=(0.05 * strength,) * 2, padding_mode="reflection"
+            ),
+            RandBiasField(degree=2, coeff_range=(0.0, 0.15 * strength), prob=1.0),
+            RandAdjustContrast(prob=1.0, gamma=(0.75**strength, 0.75**-strength), retain_stats=True),
+            RandGaussianSmooth(sigma_x=sigma, sigma_y=sigma, prob=0.5),
+            RandSimulateLowResolution(
+                prob=0.25, upsample_mode="bilinear", zoom_range=(max(0.25, 1 - 0.5 * strength), 1.0)
+            ),
+            RandScaleIntensity(factors=0.2 * strength, prob=1.0),
+            RandShiftIntensity(offsets=0.2 * strength, prob=1.0),
+            RandGaussianNoise(prob=1.0, mean=0.0, std=0.15 * strength),
         ]
     )
     views = torch.empty_like(images)
@@ -107,7 +131,11 @@ def scanner_view(images: Tensor, seed: int, view: int) -> Tensor:
     return views
 
 
-VIEWS: dict[str, Callable[[Tensor, int, int], Tensor]] = {"paper": paper_view, "scanner": scanner_view}
+VIEWS: dict[str, Callable[[Tensor, int, int, float], Tensor]] = {
+    "plain": plain_view,
+    "paper": paper_view,
+    "scanner": scanner_view,
+}
 
 
 def _derived_seed(*numbers: int) -> int:

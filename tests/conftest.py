@@ -22,6 +22,12 @@ needs_real_data = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test finds another one's results."""
+    monkeypatch.setenv("MTL_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="session")
 def demo_run() -> Path:
     """Folder of six checkpoints of a timm ``test_resnet``, epochs 0, 3, 8, 16, 25, 39."""

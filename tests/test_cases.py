@@ -96,7 +96,7 @@ def test_formats_of_simpleitk_are_read_with_axes_and_spacing_z_y_x(make_dataset:
     np.testing.assert_allclose(image.voxels, voxels, rtol=1e-6)
     assert image.voxels.dtype == np.float32
     np.testing.assert_allclose(image.spacing, (3.0, 1.5, 0.5), rtol=1e-6)
-    np.testing.assert_array_equal(image.foreground, label > 0)
+    np.testing.assert_array_equal(image.label > 0, label > 0)
     case = dataset.cases[0]
     assert case.label is not None
     assert image.hashes == (sha256(case.images[0]), sha256(case.label))
@@ -124,7 +124,7 @@ def test_gray_png_is_a_case_of_one_slice(nnunet_folders: Path) -> None:
     image = read_first(dataset)
     assert dataset.reader == "NaturalImage2DIO"
     np.testing.assert_array_equal(image.voxels, gray[None, None])
-    np.testing.assert_array_equal(image.foreground, gray[None] > 99)
+    np.testing.assert_array_equal(image.label > 0, gray[None] > 99)
     assert image.spacing == (999.0, 1.0, 1.0)
 
 
@@ -159,7 +159,7 @@ def test_3d_tif_takes_its_spacing_from_the_json_beside_it(nnunet_folders: Path, 
     image = read_first(dataset)
     assert dataset.reader == "Tiff3DIO"
     np.testing.assert_array_equal(image.voxels, voxels)
-    np.testing.assert_array_equal(image.foreground, label > 0)
+    np.testing.assert_array_equal(image.label > 0, label > 0)
     assert image.spacing == ((4.0, 1.0, 0.5) if with_spacing else (1.0, 1.0, 1.0))
 
 
@@ -253,7 +253,7 @@ def test_plain_folder_takes_every_file_as_a_case(tmp_path: Path) -> None:
     image = read_first(dataset)
     np.testing.assert_allclose(image.voxels, phantom((5, 20, 24), seed=1)[0], rtol=1e-6)
     np.testing.assert_allclose(image.spacing, (3.0, 1.5, 0.5), rtol=1e-6)
-    assert image.foreground is None
+    assert image.label is None
 
 
 def test_plain_folder_groups_files_numbered_like_channels(make_dataset: MakeDataset) -> None:
@@ -317,7 +317,7 @@ def test_decathlon_datalist_is_found(decathlon: Path, given: str) -> None:
     assert [case.name for case in dataset.cases] == ["case_00", "case_01", "case_02"]
     image = read_first(dataset)
     np.testing.assert_allclose(image.voxels, phantom((12, 40, 36), seed=100)[0], rtol=1e-6)
-    np.testing.assert_array_equal(image.foreground, phantom((12, 40, 36), seed=100)[1] > 0)
+    np.testing.assert_array_equal(image.label > 0, phantom((12, 40, 36), seed=100)[1] > 0)
 
 
 def test_datalist_may_list_channels_in_files_of_their_own(make_dataset: MakeDataset) -> None:

@@ -10,7 +10,6 @@ from timm.models import adapt_input_conv
 from mtl_nnunet.checkpoints import read_contents
 from mtl_nnunet.encoder import TimmEncoder, random_encoder
 from mtl_nnunet.errors import UserError
-from mtl_nnunet.ranking import embed
 
 FAMILIES = {
     "test_resnet": "conv1.0.weight",
@@ -145,19 +144,13 @@ def test_random_encoder_repeats_and_leaves_the_global_generator_alone() -> None:
     assert not torch.equal(states[0], states[2])
 
 
-@pytest.mark.parametrize(("level", "channels"), [(1, 32), (5, 96), (-1, 96), (-2, 192), (-5, 32)])
-def test_embedding_is_the_level_that_was_asked_for(level: int, channels: int) -> None:
-    encoder = random_encoder("test_resnet", 1, 0)
-    images = torch.rand(40, 1, 64, 64)
-    pooled, flat = (embed(encoder, images, level, p) for p in (True, False))
-    assert pooled.shape == (40, channels)
-    assert torch.allclose(flat.reshape(40, channels, -1).mean(2), pooled, atol=1e-5)
-    assert not encoder.training
-    alone = embed(encoder, images[33:34], level, True)
-    assert torch.allclose(alone[0], pooled[33], atol=1e-5), "an embedding does not depend on its batch"
-
-
-@pytest.mark.parametrize("level", [0, 6, -6])
-def test_level_that_the_encoder_does_not_have_is_refused(level: int) -> None:
-    with pytest.raises(UserError, match="levels 1 to 5"):
-        embed(random_encoder("test_resnet", 1, 0), torch.rand(2, 1, 64, 64), level, True)
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_stopping_early_changes_no_level(name: str) -> None:
+    encoder = random_encoder(name, 1, 0).eval()
+    images = torch.rand(2, 1, 64, 64)
+    with torch.inference_mode():
+        every = encoder(images)
+        for num_levels in range(1, len(every) + 1):
+            some = encoder.first_levels(images, num_levels)
+            assert len(some) == num_levels
+            assert all(torch.equal(a, b) for a, b in zip(some, every, strict=False))

@@ -203,7 +203,7 @@ def test_score_by_name_keeps_what_the_paper_has_as_defaults() -> None:
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("robustnes", "contrastive, robustness"),
+        ("robustnes", "alignment, ccfv, contrastive"),
         ("robustness:magin=1", "magin"),
         ("robustness:margin", "margin"),
         ("robustness:margin=wide", "margin=wide"),
@@ -213,7 +213,7 @@ def test_score_by_name_keeps_what_the_paper_has_as_defaults() -> None:
         ("robustness:level=2.5", "level=2.5"),
         ("robustness:distance=taxi", "cosine, l2, pearson"),
         ("contrastive:pooled=perhaps", "yes or no"),
-        ("", "contrastive, robustness"),
+        ("", "alignment, ccfv, contrastive"),
     ],
 )
 def test_what_a_user_mistypes_is_named(text: str, named: str) -> None:

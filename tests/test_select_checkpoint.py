@@ -265,7 +265,7 @@ def test_broken_checkpoints_are_named_in_one_line(
 
 
 def test_unknown_score_or_level_is_named_in_one_line(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "Available: contrastive, robustness" in refused(capsys, "-score", "accuracy")
+    assert "Available: alignment, ccfv, contrastive" in refused(capsys, "-score", "accuracy")
     assert "levels 1 to 5" in refused(capsys, "-score", "contrastive:level=7")
 
 
@@ -312,8 +312,8 @@ def test_order_of_the_checkpoints_leaves_the_ranking_alone(dataset: Path) -> Non
     slices = gather_slices(find_nnunet_dataset(1), 24)
     score = parse_score("contrastive")
     checkpoints = find_checkpoints([DEMO_RUN])
-    there = rank_checkpoints(checkpoints, "test_resnet", slices, score)
-    back = rank_checkpoints(checkpoints[::-1], "test_resnet", slices, score)
+    (there,) = rank_checkpoints(checkpoints, "test_resnet", slices, score)
+    (back,) = rank_checkpoints(checkpoints[::-1], "test_resnet", slices, score)
     assert there.checkpoints == back.checkpoints[::-1]
     assert there.chosen == back.chosen
     assert there.random == back.random
@@ -324,11 +324,11 @@ def test_equal_checkpoints_tie(dataset: Path, tmp_path: Path) -> None:
     for epoch in (1, 2):
         torch.save({**content, "epoch": epoch}, tmp_path / f"checkpoint-{epoch}.pth.tar")
     slices = gather_slices(find_nnunet_dataset(1), 24)
-    ranking = rank_checkpoints(find_checkpoints([tmp_path]), "test_resnet", slices, parse_score("contrastive"))
+    (ranking,) = rank_checkpoints(find_checkpoints([tmp_path]), "test_resnet", slices, parse_score("contrastive"))
     assert [c.probability_of_best_score for c in ranking.checkpoints] == [0.5, 0.5]
     assert all(c.undecided for c in ranking.checkpoints)
     assert ranking.chosen.label == "2", "of equal scores the later epoch"
-    back = rank_checkpoints(find_checkpoints([tmp_path])[::-1], "test_resnet", slices, parse_score("contrastive"))
+    (back,) = rank_checkpoints(find_checkpoints([tmp_path])[::-1], "test_resnet", slices, parse_score("contrastive"))
     assert back.chosen == ranking.chosen
     assert back.last == ranking.last
 

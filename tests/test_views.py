@@ -66,5 +66,5 @@ def test_paper_view_of_grey_slices_is_one_gain_and_one_contrast_for_all() -> Non
 
 
 def test_unknown_views_are_refused() -> None:
-    with pytest.raises(UserError, match="paper, scanner"):
+    with pytest.raises(UserError, match="paper, plain, scanner"):
         make_views(images(), "artistic", 2, 0)

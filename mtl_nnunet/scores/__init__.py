@@ -2,82 +2,229 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mtl_nnunet.errors import UserError, listed
-from mtl_nnunet.scores import contrastive, robustness
+from mtl_nnunet.scores import (
+    alignment,
+    ccfv,
+    contrastive,
+    gbc,
+    hscore,
+    infonce,
+    knn,
+    logme,
+    probe,
+    rankme,
+    robustness,
+    structure,
+    uniformity,
+)
 from mtl_nnunet.scores.distances import DISTANCES
+from mtl_nnunet.scores.resampling import Statistic, mean_of
 
-Statistic = Callable[[np.ndarray], np.ndarray]
-"""Patient multiplicities, shape (B, P), to the score of each resampled dataset, shape (B,)."""
+if TYPE_CHECKING:
+    from mtl_nnunet.pixels import Pixels
+
+ALL = "all"
 
 
 @dataclass(frozen=True)
+class Features:
+    """What one encoder makes of the target.
+
+    Attributes:
+        embeddings: By view kind and strength, level (from 1) and whether pooled: shape (V, N, D).
+        at_pixels: By whether the pixels were drawn with labels, and level: shape (M, D).
+        patients: Patient of each slice, shape (N,).
+        pixels: The pixels, drawn with labels or without.
+        num_levels: How many feature maps the encoder has.
+        encoder: Its name.
+    """
+
+    embeddings: Mapping[tuple[tuple[str, float], int, bool], Tensor]
+    at_pixels: Mapping[tuple[bool, int], Tensor]
+    patients: np.ndarray
+    pixels: Mapping[bool, Pixels]
+    num_levels: int
+    encoder: str
+
+
+@dataclass(frozen=True, eq=False)
 class Score:
     """A score by name: what it reads, which way is better, and how it depends on the patients.
 
     Attributes:
         name: What users type.
         higher_is_better: Direction of the score.
-        views: The views it is defined on, a name that ``mtl_nnunet.views`` knows.
-        num_views: How many views of each slice it reads.
-        prepare: Embeddings of all views (V, N, D) and the patient index (N,) of each slice, to a ``Statistic``.
+        reads: ``views`` (embeddings of views of slices) or ``pixels`` (features at sampled pixels).
+        prepare: Views: embeddings (V, N, D) and patients (N,) to a ``Statistic``. Pixels: features (M, D), labels (M,)
+            and patients (M,) to a ``Statistic``.
         parameters: Its parameters with their values; ``level`` and ``pooled`` say what an embedding is.
+        views: Kind of the views, a name that ``mtl_nnunet.views`` knows.
+        num_views: How many views of each slice it reads.
+        strength: Strength of the views.
+        labels: Whether it needs labels.
+        joins_levels: Whether all levels together are one feature; otherwise their scores are averaged.
+        choices: What a parameter of words can be.
     """
 
     name: str
     higher_is_better: bool
-    views: str
-    num_views: int
+    reads: str
     prepare: Callable[..., Statistic]
     parameters: dict[str, Any] = field(default_factory=dict)
+    views: str = "plain"
+    num_views: int = 1
+    strength: float = 1.0
+    labels: bool = False
+    joins_levels: bool = False
+    choices: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
-    def level(self) -> int:
-        """Which feature map: 1 is the shallowest, negative counts from the deepest."""
-        return int(self.parameters["level"])
+    def level(self) -> int | str:
+        """Which feature map: 1 is the shallowest, negative counts from the deepest; or ``all``."""
+        level: int | str = self.parameters["level"]
+        return level
 
     @property
     def pooled(self) -> bool:
         """Whether the feature map is averaged over space."""
-        return bool(self.parameters["pooled"])
+        return bool(self.parameters.get("pooled", False))
 
-    def statistic(self, embeddings: torch.Tensor, patients: np.ndarray) -> Statistic:
-        """The score as a function of how often each patient was drawn."""
+    @property
+    def view_key(self) -> tuple[str, float]:
+        """Kind and strength of the views."""
+        return self.views, self.strength
+
+    @property
+    def text(self) -> str:
+        """What a user types to get this very score."""
+        words = {k: ("yes" if v else "no") if isinstance(v, bool) else v for k, v in self.parameters.items()}
+        return f"{self.name}:{','.join(f'{k}={v}' for k, v in words.items())}"
+
+    def resolved_levels(self, num_levels: int, encoder: str) -> tuple[int, ...]:
+        """The levels it reads, from 1.
+
+        Raises:
+            UserError: The encoder has no such level.
+        """
+        if self.level == ALL:
+            return tuple(range(1, num_levels + 1))
+        level = int(self.level)
+        if not (1 <= level <= num_levels or -num_levels <= level <= -1):
+            raise UserError(
+                f"encoder '{encoder}' has no level {level}: it has levels 1 to {num_levels}, or -1 to -{num_levels}."
+            )
+        return (level if level > 0 else num_levels + 1 + level,)
+
+    def statistic(self, features: Features) -> tuple[Statistic, dict[int, float]]:
+        """The score as a function of how often each patient was drawn, and its value at each level that it reads.
+
+        Raises:
+            UserError: The features are not such that the score exists.
+        """
+        levels = self.resolved_levels(features.num_levels, features.encoder)
+        everyone = np.ones((1, int(features.patients.max()) + 1))
+        try:
+            by_level = {level: self._at(features, (level,)) for level in levels}
+            joint = self._at(features, levels) if self.joins_levels and len(levels) > 1 else None
+        except ValueError as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(
+                f"score '{self.name}' does not exist on these slices: {error}. Raise -num_cases, or choose another score."
+            ) from error
+        values = {level: float(s(everyone)[0]) for level, s in by_level.items()}
+        return joint or (
+            next(iter(by_level.values())) if len(levels) == 1 else mean_of(list(by_level.values()))
+        ), values
+
+    def _at(self, features: Features, levels: tuple[int, ...]) -> Statistic:
         rest = {k: v for k, v in self.parameters.items() if k not in ("level", "pooled")}
-        return self.prepare(embeddings, patients, **rest)
+        if self.reads == "views":
+            embeddings = features.embeddings[self.view_key, levels[0], self.pooled][: self.num_views]
+            return self.prepare(embeddings, features.patients, **rest)
+        pixels = features.pixels[self.labels]
+        joined = torch.cat([features.at_pixels[self.labels, level] for level in levels], dim=1)
+        return self.prepare(joined, pixels.labels, pixels.patients, **rest)
+
+
+def _dse(features: Tensor, labels: np.ndarray, patients: np.ndarray, clusters: int, part: str) -> Statistic:
+    groups = structure.cluster(features, clusters) if part != "rank" else labels
+    return structure.statistic(features, groups, patients, part)
+
+
+def _view_score(
+    name: str,
+    higher_is_better: bool,
+    prepare: Callable[..., Statistic],
+    views: str = "scanner",
+    num_views: int = 3,
+    level: int = -1,
+    **parameters: Any,
+) -> Score:
+    return Score(
+        name,
+        higher_is_better,
+        "views",
+        prepare,
+        {"level": level, "pooled": True, **parameters},
+        views,
+        num_views,
+        choices={"distance": tuple(DISTANCES)},
+    )
+
+
+def _pixel_score(
+    name: str, prepare: Callable[..., Statistic], level: int | str = ALL, labels: bool = True, **parameters: Any
+) -> Score:
+    return Score(
+        name,
+        True,
+        "pixels",
+        prepare,
+        {"level": level, **parameters},
+        labels=labels,
+        joins_levels=name in ("knn", "probe"),
+        choices={"part": structure.PARTS, "gaussian": ("spherical", "diagonal")},
+    )
 
 
 SCORES: dict[str, Score] = {
-    "contrastive": Score(
-        "contrastive",
-        higher_is_better=True,
-        views="scanner",
-        num_views=3,
-        prepare=contrastive.statistic,
-        parameters={"level": -1, "pooled": True, "distance": "cosine"},
-    ),
-    "robustness": Score(
-        "robustness",
-        higher_is_better=False,
-        views="paper",
-        num_views=2,
-        prepare=robustness.statistic,
-        parameters={"level": -2, "pooled": True, "distance": "cosine", "margin": 0.5},
-    ),
+    score.name: score
+    for score in (
+        _view_score("contrastive", True, contrastive.statistic, distance="cosine"),
+        _view_score("robustness", False, robustness.statistic, "paper", 2, level=-2, distance="cosine", margin=0.5),
+        _view_score("infonce", True, infonce.statistic, temperature=0.1),
+        _view_score("alignment", False, alignment.statistic),
+        _view_score("uniformity", False, uniformity.statistic, "plain", 1, t=2.0),
+        _view_score("rankme", True, rankme.statistic, "plain", 1),
+        _pixel_score("dse", _dse, level=-2, labels=False, clusters=24, part="both"),
+        _pixel_score("ccfv", ccfv.statistic),
+        _pixel_score("logme", logme.statistic),
+        _pixel_score("gbc", gbc.statistic, components=64, gaussian="spherical"),
+        _pixel_score("hscore", hscore.statistic),
+        _pixel_score("knn", knn.statistic, k=20),
+        _pixel_score("probe", probe.statistic, ridge=0.1),
+        _pixel_score("dse_labels", structure.statistic, level=-2, part="both"),
+    )
 }
 
 
-def parse_score(text: str) -> Score:
+def parse_score(text: str, views: str | None = None, strength: float = 1.0) -> Score:
     """A score from what a user typed: a name, or a name with parameters.
 
     Args:
         text: ``NAME`` or ``NAME:KEY=VALUE,KEY=VALUE``.
+        views: Kind of views for scores that compare views; None for the score's own.
+        strength: Strength of those views.
 
     Raises:
         UserError: Unknown name, parameter or value; the message lists what there is.
@@ -88,7 +235,7 @@ def parse_score(text: str) -> Score:
     """
     name, _, rest = text.partition(":")
     if name not in SCORES:
-        raise UserError(f"unknown score '{name}'. Available: {listed(sorted(SCORES))}.")
+        raise UserError(f"unknown score '{name}'. Available: {listed(sorted(SCORES), len(SCORES))}.")
     score = SCORES[name]
     parameters = dict(score.parameters)
     for item in filter(None, rest.split(",")):
@@ -98,24 +245,32 @@ def parse_score(text: str) -> Score:
                 f"score '{name}' has no parameter '{key}'. "
                 f"Write {name}:KEY=VALUE with KEY one of {listed(sorted(parameters))}."
             )
-        parameters[key] = _parse_value(name, key, value, parameters[key])
-    return Score(name, score.higher_is_better, score.views, score.num_views, score.prepare, parameters)
+        parameters[key] = _parse_value(score, key, value)
+    score = replace(score, parameters=parameters)
+    return replace(score, views=views or score.views, strength=strength) if score.views != "plain" else score
 
 
-def _parse_value(score: str, key: str, text: str, default: Any) -> Any:
-    problem = f"score '{score}': {key}={text} is not valid"
+def _parse_value(score: Score, key: str, text: str) -> Any:
+    problem = f"score '{score.name}': {key}={text} is not valid"
+    default = SCORES[score.name].parameters[key]
     if isinstance(default, bool):
         if text.lower() not in ("yes", "no", "true", "false"):
             raise UserError(f"{problem}; expected yes or no.")
         return text.lower() in ("yes", "true")
-    if key == "distance":
-        if text not in DISTANCES:
-            raise UserError(f"{problem}; expected one of {listed(sorted(DISTANCES))}.")
+    if key in score.choices:
+        if text not in score.choices[key]:
+            raise UserError(f"{problem}; expected one of {listed(sorted(score.choices[key]))}.")
         return text
+    if key == "level" and text == ALL:
+        return ALL
+    kind = int if key == "level" else type(default)
     try:
-        value = type(default)(text)
+        value = kind(text)
     except ValueError:
-        raise UserError(f"{problem}; expected a number like {default}.") from None
-    if not np.isfinite(value) or (key == "level" and value == 0) or (key == "margin" and value < 0):
-        raise UserError(f"{problem}; levels count from 1 or from -1, a margin is at least 0.")
+        raise UserError(f"{problem}; expected a number like {default}{' or all' * (key == 'level')}.") from None
+    if key == "level":
+        if value == 0:
+            raise UserError(f"{problem}; levels count from 1 or from -1.")
+    elif not np.isfinite(value) or value < 0 or (value == 0 and key != "margin"):
+        raise UserError(f"{problem}; expected a number above 0{' or 0' * (key == 'margin')}.")
     return value

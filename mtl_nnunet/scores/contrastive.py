@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import permutations
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mtl_nnunet.scores.distances import pairwise
+from mtl_nnunet.scores.resampling import Statistic, ratio_over_pairs
 
 
 def patient_pairs(views: Tensor, patients: np.ndarray, distance: str = "cosine") -> tuple[np.ndarray, np.ndarray]:
@@ -86,7 +86,7 @@ def contrastive(views: Tensor, patients: np.ndarray, distance: str = "cosine") -
     return float(won.sum() / made.sum())
 
 
-def statistic(views: Tensor, patients: np.ndarray, distance: str) -> Callable[[np.ndarray], np.ndarray]:
+def statistic(views: Tensor, patients: np.ndarray, distance: str) -> Statistic:
     """The contrastive score as a function of how often each patient was drawn.
 
     A pair of patients counts as often as both were drawn; a patient drawn twice is no negative of itself.
@@ -99,12 +99,4 @@ def statistic(views: Tensor, patients: np.ndarray, distance: str) -> Callable[[n
     Returns:
         Multiplicities (B, P) to scores (B,); NaN where fewer than two patients were drawn.
     """
-    won, made = patient_pairs(views, patients, distance)
-
-    def of(multiplicities: np.ndarray) -> np.ndarray:
-        trials = ((multiplicities @ made) * multiplicities).sum(1)
-        wins = ((multiplicities @ won) * multiplicities).sum(1)
-        scores: np.ndarray = np.divide(wins, trials, out=np.full(len(trials), np.nan), where=trials > 0)
-        return scores
-
-    return of
+    return ratio_over_pairs(*patient_pairs(views, patients, distance))

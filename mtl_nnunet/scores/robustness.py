@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from mtl_nnunet.scores.distances import DISTANCES
+from mtl_nnunet.scores.resampling import Statistic, per_patient, ratio_of_sums
 
 
 def negative_of(n: int) -> Tensor:
@@ -95,7 +94,7 @@ def robustness(view_a: Tensor, view_b: Tensor, margin: float = 0.5, distance: st
     return robustness_terms(view_a, view_b, margin, distance).mean()
 
 
-def statistic(views: Tensor, patients: np.ndarray, margin: float, distance: str) -> Callable[[np.ndarray], np.ndarray]:
+def statistic(views: Tensor, patients: np.ndarray, margin: float, distance: str) -> Statistic:
     """The robustness score as a function of how often each patient was drawn.
 
     An image counts as often as its patient was drawn; which image is its negative stays as published.
@@ -112,12 +111,6 @@ def statistic(views: Tensor, patients: np.ndarray, margin: float, distance: str)
     terms = robustness_terms(views[0], views[1], margin, distance).double().cpu().numpy()
     num_patients = int(patients.max()) + 1
     patients = patients[: len(terms)]
-    sums = np.bincount(patients, weights=terms, minlength=num_patients)
-    counts = np.bincount(patients, minlength=num_patients)
-
-    def of(multiplicities: np.ndarray) -> np.ndarray:
-        drawn = multiplicities @ counts
-        scores: np.ndarray = np.divide(multiplicities @ sums, drawn, out=np.full(len(drawn), np.nan), where=drawn > 0)
-        return scores
-
-    return of
+    return ratio_of_sums(
+        per_patient(terms, patients, num_patients), per_patient(np.ones(len(terms)), patients, num_patients)
+    )

@@ -1,0 +1,85 @@
+"""Scores that were computed before, kept by the content that they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mtl_nnunet.errors import UserError
+from mtl_nnunet.files import written_atomically
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One score of one encoder on one target.
+
+    Attributes:
+        value: On all patients.
+        sample: On each bootstrap draw, shape (B,).
+        levels: At each level that the score read.
+    """
+
+    value: float
+    sample: np.ndarray
+    levels: dict[int, float] = field(default_factory=dict)
+
+
+class ResultCache:
+    """A folder of results, one file each, named by the hash of everything that a result depends on.
+
+    Args:
+        folder: Where; made when the first result is kept.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        self.folder = Path(folder)
+
+    def read(self, content: Mapping[str, Any]) -> Scored | None:
+        """The result of this content, or None; a damaged file counts as none."""
+        try:
+            with np.load(self._path(content), allow_pickle=False) as kept:
+                levels = dict(zip(kept["levels"].tolist(), kept["level_values"].tolist(), strict=True))
+                return Scored(float(kept["value"]), kept["sample"], levels)
+        except (OSError, ValueError, KeyError, EOFError):
+            return None
+
+    def keep(self, content: Mapping[str, Any], scored: Scored) -> None:
+        """Keep a result; two processes that keep the same one do no harm.
+
+        Raises:
+            UserError: The folder cannot be written.
+        """
+        with written_atomically(self._path(content)) as temporary, open(temporary, "wb") as file:
+            np.savez(
+                file,
+                value=scored.value,
+                sample=scored.sample,
+                levels=np.array(list(scored.levels), dtype=np.int64),
+                level_values=np.array(list(scored.levels.values())),
+            )
+
+    def _path(self, content: Mapping[str, Any]) -> Path:
+        name = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return self.folder / f"{name}.npz"
+
+
+def default_folder() -> Path:
+    """``$MTL_CACHE``, else ``mtl-nnunet`` in the user's cache folder.
+
+    Raises:
+        UserError: There is no home folder.
+    """
+    if chosen := os.environ.get("MTL_CACHE"):
+        return Path(chosen)
+    try:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:
+        raise UserError("there is no home folder for the result cache. Pass -cache FOLDER or --no-cache.") from error
+    return Path(home) / "mtl-nnunet"

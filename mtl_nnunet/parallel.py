@@ -1,0 +1,75 @@
+"""Where checkpoints are scored: this process, several, or a cluster, always through joblib."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from mtl_nnunet.errors import UserError
+
+BACKENDS = ("loky", "dask", "ray")
+
+
+@contextmanager
+def workers(num_processes: int = 1, backend: str = "loky", address: str | None = None) -> Iterator[None]:
+    """Let ``joblib.Parallel`` inside the block run on these workers.
+
+    Args:
+        num_processes: How many checkpoints at a time; 1 is this process. Dask and Ray use all that their cluster has.
+        backend: ``loky`` for processes on this machine, ``dask`` or ``ray`` for a cluster; those two must be installed.
+        address: Of the cluster's scheduler; None starts one on this machine with ``num_processes`` workers.
+
+    Raises:
+        UserError: The backend is not installed, or no cluster answers at the address.
+    """
+    from joblib import parallel_config
+
+    if backend == "dask":
+        with _dask_client(num_processes, address), parallel_config(backend="dask", n_jobs=-1):
+            yield
+    elif backend == "ray":
+        _join_ray(num_processes, address)
+        with parallel_config(backend="ray", n_jobs=num_processes if address is None else -1):
+            yield
+    elif num_processes > 1:
+        threads = max(1, (os.cpu_count() or 1) // num_processes)
+        with parallel_config(backend="loky", n_jobs=num_processes, inner_max_num_threads=threads):
+            yield
+    else:
+        yield
+
+
+@contextmanager
+def _dask_client(num_processes: int, address: str | None) -> Iterator[None]:
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise UserError("-backend dask needs Dask. Install it: pip install 'mtl-nnunet[dask]'.") from error
+    try:
+        client = (
+            Client(address, timeout=30)
+            if address
+            else Client(n_workers=num_processes, threads_per_worker=1, dashboard_address=None)
+        )
+    except (OSError, ValueError, TimeoutError) as error:
+        raise UserError(
+            f"no Dask scheduler answers at {address} ({error}). Start one, or leave -address out."
+        ) from error
+    with client:
+        yield
+    if address is None and client.cluster is not None:
+        client.cluster.close()
+
+
+def _join_ray(num_processes: int, address: str | None) -> None:
+    try:
+        import ray
+        from ray.util.joblib import register_ray
+    except ImportError as error:
+        raise UserError("-backend ray needs Ray. Install it: pip install 'mtl-nnunet[ray]'.") from error
+    try:
+        ray.init(address=address, num_cpus=None if address else num_processes, ignore_reinit_error=True)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise UserError(f"no Ray cluster answers at {address} ({error}). Start one, or leave -address out.") from error
+    register_ray()
