@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +49,7 @@ class ResultCache:
             with np.load(self._path(content), allow_pickle=False) as kept:
                 levels = dict(zip(kept["levels"].tolist(), kept["level_values"].tolist(), strict=True))
                 return Scored(float(kept["value"]), kept["sample"], levels)
-        except (OSError, ValueError, KeyError, EOFError):
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
             return None
 
     def keep(self, content: Mapping[str, Any], scored: Scored) -> None:

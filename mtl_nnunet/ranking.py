@@ -21,7 +21,7 @@ from mtl_nnunet.decision import Rule, choose
 from mtl_nnunet.embedding import Target, digest, embed, make_target
 from mtl_nnunet.encoder import random_encoder
 from mtl_nnunet.errors import UserError
-from mtl_nnunet.scores import Score
+from mtl_nnunet.scores import Features, Score
 from mtl_nnunet.slices import Slices
 
 BOOTSTRAP_DRAWS = 2000
@@ -42,6 +42,7 @@ class RankedCheckpoint:
             the random initialisation, which is no candidate.
         undecided: Whether the paired interval of its difference to the best score holds zero.
         levels: The score at each level that it read.
+        out_after: In a race, after how many patients it went out; its score is of those. None: it saw all.
     """
 
     checkpoint: Checkpoint | None
@@ -51,6 +52,7 @@ class RankedCheckpoint:
     probability_of_best_score: float | None
     undecided: bool
     levels: dict[int, float] = field(default_factory=dict)
+    out_after: int | None = None
 
     @property
     def label(self) -> str:
@@ -170,7 +172,7 @@ def rank_checkpoints(
                         cache.keep(contents[i, score], scored)
                 bar.update()
     return tuple(
-        _ranking(s, encoder, candidates, [results[i, s] for i in range(len(candidates))], rule) for s in scores
+        ranking_of(s, encoder, candidates, [results[i, s] for i in range(len(candidates))], rule) for s in scores
     )
 
 
@@ -266,12 +268,21 @@ def _score_group(
 def _evaluate(
     encoder: nn.Module, target: Target, scores: Sequence[Score], seed: int, device: str, precision: str
 ) -> list[Scored]:
-    features = embed(encoder, target, scores, device, precision)
-    draws = bootstrap_draws(target.num_patients, BOOTSTRAP_DRAWS, seed)
+    return evaluate(embed(encoder, target, scores, device, precision), scores, seed)
+
+
+def evaluate(features: Features, scores: Sequence[Score], seed: int) -> list[Scored]:
+    """The scores of one encoder's features, on all patients and on each bootstrap draw.
+
+    Raises:
+        UserError: A score that does not exist on these features.
+    """
+    num_patients = int(features.patients.max()) + 1
+    draws = bootstrap_draws(num_patients, BOOTSTRAP_DRAWS, seed)
     found = []
     for score in scores:
         statistic, levels = score.statistic(features)
-        value = float(statistic(np.ones((1, target.num_patients)))[0])
+        value = float(statistic(np.ones((1, num_patients)))[0])
         if not np.isfinite(value):
             raise UserError(
                 f"score '{score.name}' is {value} for encoder '{features.encoder}': its features are degenerate on these "
@@ -305,9 +316,10 @@ def _content(
     return of
 
 
-def _ranking(
+def ranking_of(
     score: Score, encoder: str, candidates: Sequence[Checkpoint | None], results: Sequence[Scored], rule: Rule
 ) -> Ranking:
+    """The ranking of candidates by results of the same bootstrap draws, the random initialisation last of both."""
     sign = 1.0 if score.higher_is_better else -1.0
     values = [sign * r.value for r in results[:-1]]
     samples = np.stack([r.sample for r in results[:-1]])

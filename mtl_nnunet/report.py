@@ -57,6 +57,7 @@ def ranking_text(ranking: Ranking) -> str:
                 ("<- chosen", row is ranking.chosen),
                 ("last epoch", row is ranking.last),
                 ("undecided", row.undecided and row.checkpoint is not None and row is not ranking.chosen),
+                (f"out after {row.out_after} patients", row.out_after is not None),
                 ("yardstick", row is ranking.random),
             )
             if applies

@@ -300,6 +300,8 @@ def _measured(ranked: RankedCheckpoint) -> dict[str, Any]:
             "probability_of_best_score": ranked.probability_of_best_score,
             "undecided": ranked.undecided,
         }
+    if ranked.out_after is not None:
+        measured["out_after_patients"] = ranked.out_after
     return measured
 
 

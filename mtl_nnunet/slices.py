@@ -139,7 +139,7 @@ def gather_slices(
     # nnU-Net's readers print to stdout, which belongs to the result
     with bar, open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         extracts = []
-        for extract in Parallel(n_jobs=workers, prefer="threads", return_as="generator")(jobs):
+        for extract in Parallel(n_jobs=workers, backend="threading", return_as="generator")(jobs):
             extracts.append(extract)
             bar.update()
         skipped = tuple((c.name, e) for c, e in zip(cases, extracts, strict=True) if isinstance(e, str))

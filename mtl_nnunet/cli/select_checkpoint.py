@@ -6,12 +6,8 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from mtl_nnunet.cli.command import run
-
-if TYPE_CHECKING:
-    from mtl_nnunet.cases import Dataset
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -82,6 +78,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--no-cache", action="store_true", help="compute everything anew and keep nothing")
     parser.add_argument(
+        "--race",
+        action="store_true",
+        help="stop scoring checkpoints that are clearly out on a part of the patients; one score, rule best",
+    )
+    parser.add_argument(
         "--skip-bad-cases", action="store_true", help="go on without cases that cannot be used, up to a tenth of them"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a selection that is there")
@@ -100,130 +101,92 @@ def select(args: argparse.Namespace) -> None:
     from mtl_nnunet.cache import ResultCache, default_folder
     from mtl_nnunet.cases import find_image_folder, find_nnunet_dataset, with_patients
     from mtl_nnunet.checkpoints import find_checkpoints
-    from mtl_nnunet.decision import parse_rule
     from mtl_nnunet.errors import UserError
     from mtl_nnunet.parallel import workers
-    from mtl_nnunet.ranking import rank_checkpoints
     from mtl_nnunet.report import others_text, ranking_text, warnings_in_words
     from mtl_nnunet.scores import parse_score
-    from mtl_nnunet.selection import refuse_foreign_folder, write_selection
-    from mtl_nnunet.slices import gather_slices
+    from mtl_nnunet.select import default_output, select_checkpoint
+    from mtl_nnunet.selection import refuse_foreign_folder
 
     if args.channel_names and args.d:
         raise UserError("-channel_names goes with -i; with -d they stand in dataset.json.")
+    if args.i and not args.o:
+        raise UserError("-i needs -o FOLDER: there is no nnU-Net folder to write to.")
     scores = [parse_score(s, args.views, args.strength) for s in args.score or [_default_score(args)]]
-    if len({s.text for s in scores}) < len(scores):
-        raise UserError("the same score is named twice in -score. Name each once, or change a parameter.")
-    rule = parse_rule(args.rule)
-    labelled = any(score.labels for score in scores)
-    fold = (args.f if args.f is not None else "all") if labelled else None
-    if args.f is not None and not labelled:
-        raise UserError(
-            "-f keeps labels of validation cases out, and no score here uses labels. Add -labels, or leave -f out."
-        )
     device = _device(args.device)
     dataset = find_nnunet_dataset(args.d) if args.d else find_image_folder(args.i, args.channel_names)
     if args.patients:
         dataset = with_patients(dataset, args.patients)
-    if isinstance(fold, int):
-        dataset = _training_cases(dataset, fold, args)
-    folder = args.o or _default_folder(args.d, dataset.name, fold)
+    folder = args.o or str(default_output(dataset.name, args.f))
+    # before the checkpoints are read, which can take minutes
     refuse_foreign_folder(folder, args.overwrite)
-    cache = None if args.no_cache else ResultCache(args.cache or default_folder())
-    checkpoints = find_checkpoints(args.ckpt)
-    encoder = args.encoder or next((c.architecture for c in checkpoints if c.architecture), None)
-    if encoder is None:
-        raise UserError(
-            f"checkpoint {checkpoints[0].path} does not say which network it is of. Pass timm's name of it: -encoder NAME."
-        )
-    slices = gather_slices(
-        dataset,
-        args.num_slices,
-        args.num_cases,
-        args.seed,
-        with_labels=labelled,
-        skip_bad_cases=args.skip_bad_cases,
-    )
     with workers(args.np, args.backend, args.address):
-        rankings = rank_checkpoints(
-            checkpoints, encoder, slices, scores, args.seed, device, rule, cache, args.precision
+        outcome = select_checkpoint(
+            dataset,
+            find_checkpoints(args.ckpt),
+            scores,
+            encoder=args.encoder,
+            output=folder,
+            rule=args.rule,
+            fold=args.f,
+            num_slices=args.num_slices,
+            num_cases=args.num_cases,
+            seed=args.seed,
+            device=device,
+            precision=args.precision,
+            cache=None if args.no_cache else ResultCache(args.cache or default_folder()),
+            race=args.race,
+            skip_bad_cases=args.skip_bad_cases,
+            overwrite=args.overwrite,
+            command=_command(args, device),
         )
-    ranking = rankings[0]
-    content = write_selection(
-        folder, rankings, dataset, slices, args.seed, _command(args, device), args.overwrite, fold
-    )
+    ranking, slices = outcome.ranking, outcome.slices
     warnings = warnings_in_words(ranking, slices.num_patients)
     warnings += [f"Case {name} was skipped: {reason}" for name, reason in slices.skipped]
-    if fold == "all":
+    if outcome.fold == "all":
         warnings.append(
             "Labels of all cases were looked at, those of every fold's validation cases too: Dice on them is a little too "
             "good. Pass -f 0 to -f 4 to keep a fold's validation cases out."
         )
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
+    if args.race:
+        print(f"the race took {outcome.forwards:.0%} of the forwards of a full run", file=sys.stderr)
     if args.json:
         from mtl_nnunet.files import to_json
 
-        print(to_json(content), end="")
+        print(to_json(outcome.content), end="")
         return
     height, width = slices.images.shape[2:]
     print(
-        f"\n{encoder} on {dataset.name}: {len(slices.images)} slices of {len(slices.used)} cases, {slices.num_patients} "
+        f"\n{ranking.encoder} on {dataset.name}: {len(slices.images)} slices of {len(slices.used)} cases, {slices.num_patients} "
         f"patients; {height} x {width} pixels of {slices.spacing[0]:.3g} x {slices.spacing[1]:.3g} mm, axis {slices.axis} of (z, y, x)\n"
     )
     print(ranking_text(ranking))
-    if len(rankings) > 1:
-        print("\n" + others_text(rankings[1:]))
+    if len(outcome.rankings) > 1:
+        print("\n" + others_text(outcome.rankings[1:]))
     print(f"\nwritten: {folder} (selection.json, encoder.safetensors, ranking.csv, ranking.png)")
     if args.d:
-        other_folder = args.o or (folder if isinstance(fold, int) else None)
-        print(_next_commands(int(dataset.name[7:10]), other_folder, device, fold if isinstance(fold, int) else 0))
+        print(_next_commands(int(dataset.name[7:10]), folder, args.o is not None, outcome.fold, device))
 
 
 def _default_score(args: argparse.Namespace) -> str:
     return "ccfv" if args.labels else "contrastive"
 
 
-def _training_cases(dataset: Dataset, fold: int, args: argparse.Namespace) -> Dataset:
-    import os
-
-    from mtl_nnunet.cases import without_validation_cases
-    from mtl_nnunet.errors import UserError
-
-    if not args.d:
-        raise UserError(f"-f {fold} goes by nnU-Net's split, which only a dataset of -d has. Pass -f all, or -d.")
-    preprocessed = os.environ.get("nnUNet_preprocessed")
-    return without_validation_cases(dataset, fold, os.path.join(preprocessed, dataset.name) if preprocessed else None)
-
-
-def _next_commands(number: int, folder: str | None, device: str, fold: int = 0) -> str:
+def _next_commands(number: int, folder: str, elsewhere: bool, fold: int | str | None, device: str) -> str:
     on_device = "" if device == "cuda" else f" -device {device}"
+    of_fold = isinstance(fold, int)
+    train = f"  nnUNetv2_train {number} 2d {fold if of_fold else 0} -tr MTLTrainer"
     lines = ["next:", f"  nnUNetv2_plan_and_preprocess -d {number} -c 2d"]
-    if folder is None:
-        lines.append(f"  nnUNetv2_train {number} 2d {fold} -tr MTLTrainer{on_device}")
-    else:
-        # training finds only the default folder by itself
-        plans = "nnUNetPlans_mtl" + (f"_fold_{fold}" if fold else "")
+    if elsewhere or of_fold:
+        # training finds only the dataset's own selection by itself
+        plans = f"nnUNetPlans_mtl_fold_{fold}" if of_fold else "nnUNetPlans_mtl"
         lines.append(f"  mtl-nnunet plans -d {number} -selection {shlex.quote(folder)} -o {plans}")
-        lines.append(f"  nnUNetv2_train {number} 2d {fold} -tr MTLTrainer -p {plans}{on_device}")
+        lines.append(f"{train} -p {plans}{on_device}")
+    else:
+        lines.append(f"{train}{on_device}")
     return "\n".join(lines)
-
-
-def _default_folder(dataset_argument: str | None, dataset_name: str, fold: int | str | None) -> str:
-    import os
-
-    from mtl_nnunet.errors import UserError
-    from mtl_nnunet.selection import DEFAULT_FOLDER
-
-    if dataset_argument is None:
-        raise UserError("-i needs -o FOLDER: there is no nnU-Net folder to write to.")
-    preprocessed = os.environ.get("nnUNet_preprocessed")
-    if not preprocessed:
-        raise UserError(
-            "the environment variable nnUNet_preprocessed is not set. Set it as nnU-Net's documentation says, or pass -o FOLDER."
-        )
-    name = f"{DEFAULT_FOLDER}_fold_{fold}" if isinstance(fold, int) else DEFAULT_FOLDER
-    return os.path.join(preprocessed, dataset_name, name)
 
 
 def _device(wanted: str | None) -> str:
@@ -255,6 +218,8 @@ def _command(args: argparse.Namespace, device: str) -> list[str]:
     for name in ("f", "views"):
         if getattr(args, name) is not None:
             words += [f"-{name}", getattr(args, name)]
+    if args.race:
+        words.append("--race")
     if args.skip_bad_cases:
         words.append("--skip-bad-cases")
     words += [

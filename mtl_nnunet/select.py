@@ -1,0 +1,158 @@
+"""The whole choice as one function: dataset and run in, ranking and files out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mtl_nnunet.cache import ResultCache
+from mtl_nnunet.cases import Dataset, find_image_folder, find_nnunet_dataset, without_validation_cases
+from mtl_nnunet.checkpoints import Checkpoint, find_checkpoints
+from mtl_nnunet.decision import Rule, parse_rule
+from mtl_nnunet.errors import UserError
+from mtl_nnunet.racing import race_checkpoints
+from mtl_nnunet.ranking import Ranking, rank_checkpoints
+from mtl_nnunet.scores import Score, parse_score
+from mtl_nnunet.selection import DEFAULT_FOLDER, refuse_foreign_folder, write_selection
+from mtl_nnunet.slices import Slices, gather_slices
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was found and where it was written.
+
+    Attributes:
+        rankings: One a score; the first one chose.
+        dataset: The cases that could be sampled.
+        slices: What was read of them.
+        fold: Whose validation cases were kept out, ``all`` where labels of none were, None where no label was used.
+        forwards: Share of the forwards of a full run that were made; below 1 only in a race.
+        folder: Where the selection lies, or None when it was not written.
+        content: Content of ``selection.json``, or None.
+    """
+
+    rankings: tuple[Ranking, ...]
+    dataset: Dataset
+    slices: Slices
+    fold: int | str | None
+    forwards: float
+    folder: Path | None
+    content: dict[str, Any] | None
+
+    @property
+    def ranking(self) -> Ranking:
+        """The ranking that chose."""
+        return self.rankings[0]
+
+
+def select_checkpoint(
+    dataset: Dataset | int | str | Path,
+    checkpoints: Sequence[Checkpoint] | str | Path,
+    scores: Sequence[Score | str] | Score | str = "contrastive",
+    *,
+    encoder: str | None = None,
+    output: str | Path | None = None,
+    rule: Rule | str = "best",
+    fold: int | str | None = None,
+    num_slices: int = 256,
+    num_cases: int = 64,
+    seed: int = 0,
+    device: str = "cpu",
+    precision: str = "auto",
+    cache: ResultCache | None = None,
+    race: bool = False,
+    skip_bad_cases: bool = False,
+    overwrite: bool = False,
+    command: Sequence[str] = (),
+) -> Outcome:
+    """Score the checkpoints of a run on a dataset, choose one, and write the choice where training finds it.
+
+    Args:
+        dataset: Number or name of an nnU-Net dataset, ``Path`` of an image folder or datalist, or a ``Dataset``.
+        checkpoints: Folder of a pretraining run, or what ``find_checkpoints`` found.
+        scores: By which scores; the first chooses.
+        encoder: timm's name of the architecture, where the checkpoints do not say.
+        output: Folder to write; None writes nothing.
+        rule: ``best``, ``last``, ``non-inferior`` or a ``Rule``.
+        fold: With scores that need labels: whose validation cases to keep out, or ``all``.
+        num_slices: Slices at most.
+        num_cases: Cases read at most.
+        seed: Of slices, views, pixels, bootstrap and random initialisation.
+        device: Where the encoder runs.
+        precision: ``fp32``, ``bf16``, or ``auto``.
+        cache: Where results are looked up and kept; a race neither looks nor keeps.
+        race: Drop checkpoints that are clearly out on a part of the patients.
+        skip_bad_cases: Go on without cases that cannot be used.
+        overwrite: Replace a selection that is there.
+        command: The command that repeats this, for the record.
+
+    Raises:
+        UserError: What is wrong and what to do about it; nothing was written.
+    """
+    named = [scores] if isinstance(scores, (Score, str)) else scores
+    chosen_scores = [parse_score(s) if isinstance(s, str) else s for s in named]
+    rule = parse_rule(rule) if isinstance(rule, str) else rule
+    if len({s.text for s in chosen_scores}) < len(chosen_scores):
+        raise UserError("the same score is named twice. Name each once, or change a parameter.")
+    if race and (len(chosen_scores) > 1 or rule.name != "best"):
+        raise UserError("a race goes with one score and rule best: what is out early has no score on all patients.")
+    labelled = any(score.labels for score in chosen_scores)
+    if fold is not None and not labelled:
+        raise UserError(
+            "-f keeps labels of validation cases out, and no score here uses labels. Add -labels, or leave -f out."
+        )
+    fold = "all" if labelled and fold is None else fold
+    dataset = _found(dataset)
+    if isinstance(fold, int):
+        dataset = _training_cases(dataset, fold)
+    if output is not None:
+        refuse_foreign_folder(output, overwrite)
+    if isinstance(checkpoints, (str, Path)):
+        checkpoints = find_checkpoints([checkpoints])
+    encoder = encoder or next((c.architecture for c in checkpoints if c.architecture), None)
+    if encoder is None:
+        raise UserError(
+            f"checkpoint {checkpoints[0].path} does not say which network it is of. Pass timm's name of it: -encoder NAME."
+        )
+    slices = gather_slices(dataset, num_slices, num_cases, seed, with_labels=labelled, skip_bad_cases=skip_bad_cases)
+    forwards = 1.0
+    if race:
+        raced, forwards = race_checkpoints(checkpoints, encoder, slices, chosen_scores[0], seed, device, precision)
+        rankings: tuple[Ranking, ...] = (raced,)
+    else:
+        rankings = rank_checkpoints(checkpoints, encoder, slices, chosen_scores, seed, device, rule, cache, precision)
+    content = None
+    if output is not None:
+        content = write_selection(output, rankings, dataset, slices, seed, command, overwrite, fold)
+    return Outcome(rankings, dataset, slices, fold, forwards, Path(output) if output is not None else None, content)
+
+
+def default_output(dataset_name: str, fold: int | str | None = None) -> Path:
+    """Where training looks for the selection of a dataset; that of one fold lies beside it under its own name.
+
+    Raises:
+        UserError: ``nnUNet_preprocessed`` is not set.
+    """
+    preprocessed = os.environ.get("nnUNet_preprocessed")
+    if not preprocessed:
+        raise UserError(
+            "the environment variable nnUNet_preprocessed is not set. Set it as nnU-Net's documentation says, or pass -o FOLDER."
+        )
+    name = f"{DEFAULT_FOLDER}_fold_{fold}" if isinstance(fold, int) else DEFAULT_FOLDER
+    return Path(preprocessed) / dataset_name / name
+
+
+def _found(dataset: Dataset | int | str | Path) -> Dataset:
+    if isinstance(dataset, Dataset):
+        return dataset
+    return find_image_folder(dataset) if isinstance(dataset, Path) else find_nnunet_dataset(dataset)
+
+
+def _training_cases(dataset: Dataset, fold: int) -> Dataset:
+    if dataset.reader == "monai":
+        raise UserError(f"-f {fold} goes by nnU-Net's split, which only a dataset of -d has. Pass -f all, or -d.")
+    preprocessed = os.environ.get("nnUNet_preprocessed")
+    return without_validation_cases(dataset, fold, Path(preprocessed) / dataset.name if preprocessed else None)
