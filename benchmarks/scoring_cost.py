@@ -19,11 +19,11 @@ import torch
 
 from mtl_nnunet.cases import find_nnunet_dataset
 from mtl_nnunet.checkpoints import find_checkpoints, read_contents
+from mtl_nnunet.embedding import BATCH_SIZE, embed, make_target
 from mtl_nnunet.encoder import random_encoder
-from mtl_nnunet.ranking import BATCH_SIZE, BOOTSTRAP_DRAWS, bootstrap_draws, embed
+from mtl_nnunet.ranking import evaluate
 from mtl_nnunet.scores import parse_score
-from mtl_nnunet.slices import gather_slices
-from mtl_nnunet.views import make_views
+from mtl_nnunet.slices import Slices, gather_slices
 
 
 def main() -> None:
@@ -36,44 +36,60 @@ def main() -> None:
     parser.add_argument("-size", type=int, default=224, help="side of generated slices")
     parser.add_argument("-repeats", type=int, default=5)
     parser.add_argument("-device", default="cpu")
+    parser.add_argument("-precision", default="auto")
+    parser.add_argument("--channels_last", action="store_true", help="the bare forwards too")
     args = parser.parse_args()
 
     checkpoint = find_checkpoints([args.ckpt])[-1] if args.ckpt else None
     name = args.encoder or checkpoint.architecture
     started = time.perf_counter()
     if args.d:
-        slices = gather_slices(find_nnunet_dataset(args.d), args.num_slices)
-        images, patients = slices.images, slices.patients
+        slices = gather_slices(find_nnunet_dataset(args.d), args.num_slices, with_labels=True)
     else:
-        images = torch.randn(args.num_slices, 1, args.size, args.size, generator=torch.Generator().manual_seed(0))
-        patients = np.arange(args.num_slices) // 4
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(args.num_slices, 1, args.size, args.size, generator=generator)
+        n = args.num_slices
+        slices = Slices(
+            images,
+            np.arange(n) // 4,
+            ("",) * n,
+            (0,) * n,
+            0,
+            (1.0, 1.0),
+            ("",),
+            False,
+            {},
+            (),
+            labels=(images[:, 0] > 1).short(),
+        )
     reading = time.perf_counter() - started
-    draws = bootstrap_draws(int(patients.max()) + 1, BOOTSTRAP_DRAWS, 0)
     print(
-        f"{name}, slices {tuple(images.shape)}, {draws.shape[1]} patients, {torch.get_num_threads()} threads, {args.device}"
+        f"{name}, slices {tuple(slices.images.shape)}, {slices.num_patients} patients, {torch.get_num_threads()} threads, {args.device}"
     )
     for text in args.score:
         score = parse_score(text)
         started = time.perf_counter()
-        views = make_views(images, score.views, score.num_views, seed=0)
+        target = make_target(slices, [score], seed=0)
         viewing = time.perf_counter() - started
+        views = target.views[score.view_key]
 
-        def score_once(score=score, views=views) -> None:
-            encoder = random_encoder(name, views.shape[2], seed=0)
+        def score_once(score=score, target=target) -> None:
+            encoder = random_encoder(name, target.input_channels, seed=0)
             if checkpoint is not None:
                 encoder.load_weights(read_contents(checkpoint.path).weights, str(checkpoint.path))
-            embeddings = torch.stack([embed(encoder, v, score.level, score.pooled, args.device) for v in views])
-            statistic = score.statistic(embeddings, patients)
-            statistic(np.ones((1, draws.shape[1])))
-            statistic(draws)
+            evaluate(embed(encoder, target, [score], args.device, args.precision), [score], seed=0)
 
-        bare = random_encoder(name, images.shape[1], seed=0).to(args.device).eval()
+        bare = random_encoder(name, target.input_channels, seed=0).to(args.device).eval()
+        if args.channels_last:
+            bare = bare.to(memory_format=torch.channels_last)
+        deepest = max(score.resolved_levels(len(bare.output_channels), name))
 
-        def forwards_only(views=views, bare=bare) -> None:
+        def forwards_only(views=views, bare=bare, deepest=deepest) -> None:
+            layout = torch.channels_last if args.channels_last else torch.contiguous_format
             with torch.inference_mode():
                 for view in views:
-                    for batch in torch.split(view, BATCH_SIZE):
-                        bare(batch.to(args.device))
+                    for batch in torch.split(torch.from_numpy(view), BATCH_SIZE):
+                        bare.first_levels(batch.to(args.device).to(memory_format=layout), deepest)
             if args.device == "cuda":
                 torch.cuda.synchronize()
 

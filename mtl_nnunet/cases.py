@@ -270,7 +270,7 @@ def read_case(case: Case, reader: str, num_channels: int) -> Image:
 
 
 def _refuse_what_itk_hides(case: Case, file: Path) -> None:
-    """ITK reads a NIfTI file whose end is missing without an error, and NaN as 0."""
+    """ITK reads a NIfTI file whose end is missing without an error, NaN as 0, and a voxel size of 0 as 1 mm."""
     if not file.name.endswith((".nii", ".nii.gz")):
         return
     import nibabel
@@ -279,10 +279,15 @@ def _refuse_what_itk_hides(case: Case, file: Path) -> None:
         content = file.read_bytes()
         raw = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
         kind = nibabel.Nifti2Image if raw[:4] in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c") else nibabel.Nifti1Image
-        image = kind.from_bytes(raw)
-        stored = np.asanyarray(image.dataobj.get_unscaled())
+        with nibabel.imageglobals.LoggingOutputSuppressor():
+            image = kind.from_bytes(raw)
+            stored = np.asanyarray(image.dataobj.get_unscaled())
+            header = kind.header_class.from_fileobj(io.BytesIO(raw), check=False)
+        sizes = [float(p) for n, p in zip(header["dim"][1:4], header["pixdim"][1:4], strict=True) if n > 1]
     except Exception as error:
         raise UserError(_unreadable(file)) from error
+    if not all(np.isfinite(s) and s != 0 for s in sizes):
+        raise UserError(f"case {case.name} ({file}) states a voxel size of {sizes} mm. Repair the header.")
     if np.issubdtype(stored.dtype, np.inexact) and not np.isfinite(stored).all():
         raise UserError(f"case {case.name} ({file}) holds NaN or infinite voxels. Repair it, or leave the case out.")
 

@@ -120,10 +120,10 @@ def read_contents(path: str | Path) -> Contents:
             kind = "timm train.py" if "arch" in content else kind
             break
     weights = _without_wrappers(weights)
-    tensors = {k: v for k, v in weights.items() if isinstance(v, Tensor)}
+    tensors = {k: v for k, v in weights.items() if isinstance(k, str) and isinstance(v, Tensor)}
     if not tensors or len(tensors) < len(weights):
         others = [k for k in weights if k not in tensors]
-        held = f"'{others[0]}' is no tensor" if others else "no tensors"
+        held = f"{others[0]!r} is not the name of a tensor" if others else "no tensors"
         raise UserError(
             f"checkpoint {path} holds no weights that can be read ({held}). "
             f"Expected a state dict, alone or under one of: {listed(list(WEIGHT_KEYS))}."
@@ -250,7 +250,7 @@ def _not_a_checkpoint(path: Path) -> str:
 
 def _without_wrappers(weights: Mapping[str, Any]) -> dict[str, Any]:
     stripped = dict(weights)
-    while prefix := next((p for p in WRAPPER_PREFIXES if stripped and all(k.startswith(p) for k in stripped)), None):
+    while prefix := next((p for p in WRAPPER_PREFIXES if stripped and all(isinstance(k, str) and k.startswith(p) for k in stripped)), None):
         stripped = {k[len(prefix) :]: v for k, v in stripped.items()}
     return stripped
 

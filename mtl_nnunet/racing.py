@@ -88,13 +88,13 @@ def race_checkpoints(
             (results[i],) = evaluate(_joined(seen[i], parts, whole), [score], seed)
         start = end
         in_play = [i for i in running if candidates[i] is not None]
-        leader = max(in_play, key=lambda i: sign * results[i].value)
         if end < ends[-1]:
-            for i in in_play:
-                ahead = sign * (results[i].sample - results[leader].sample)
-                if i != leader and np.nanmean(ahead >= 0) < RISK:
-                    out[i] = (results[i], end)
-                    del seen[i]
+            stay = survivors(
+                [sign * results[i].value for i in in_play], np.stack([sign * results[i].sample for i in in_play])
+            )
+            for i in (in_play[k] for k in range(len(in_play)) if k not in stay):
+                out[i] = (results[i], end)
+                del seen[i]
             running = [i for i in running if i not in out]
     kept = [i for i in running if candidates[i] is not None]
     ranking = ranking_of(
@@ -119,6 +119,21 @@ def race_checkpoints(
         choice=kept[ranking.choice],
         samples=samples,
     ), forwards / (len(candidates) * len(target.patients))
+
+
+def survivors(values: Sequence[float], samples: np.ndarray) -> list[int]:
+    """Who stays in: the leader, and all that were as good as it in a share of the draws above the risk.
+
+    Args:
+        values: Score of each on the patients seen, higher is better, shape (K,).
+        samples: Scores on resampled patients, shape (K, B), every draw the same for all.
+
+    Example:
+        >>> survivors([0.9, 0.5, 0.88], np.array([[0.9, 0.8], [0.5, 0.6], [0.85, 0.9]]))
+        [0, 2]
+    """
+    leader = int(np.argmax(values))
+    return [k for k in range(len(values)) if k == leader or np.nanmean(samples[k] >= samples[leader]) >= RISK]
 
 
 def _embed_candidate(

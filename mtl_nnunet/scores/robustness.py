@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -92,6 +94,36 @@ def robustness(view_a: Tensor, view_b: Tensor, margin: float = 0.5, distance: st
         tensor(1.5000)
     """
     return robustness_terms(view_a, view_b, margin, distance).mean()
+
+
+def table(
+    view_a: Tensor, view_b: Tensor, margins: Sequence[float], distances: Sequence[str] = tuple(DISTANCES)
+) -> dict[tuple[str, float], float]:
+    """The score for every distance and margin, each distance computed once.
+
+    Args:
+        view_a: Embeddings of the first view, shape (N, D), float.
+        view_b: Embeddings of the second view, shape (N, D), float.
+        margins: Which margins.
+        distances: Which distances.
+
+    Returns:
+        By distance and margin; equal to ``robustness`` called for each.
+
+    Example:
+        >>> a = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> table(a, a.flip(0), [0.0, 0.5], ["cosine"])
+        {('cosine', 0.0): 1.0, ('cosine', 0.5): 1.5}
+    """
+    n = len(view_a) - len(view_a) % 2
+    a, b = view_a[:n], view_b[:n]
+    scores = {}
+    for name in distances:
+        d = DISTANCES[name]
+        difference = d(a, b) - d(a, b[negative_of(n)])
+        for margin in margins:
+            scores[name, margin] = float((difference + margin).clamp_min(0).mean())
+    return scores
 
 
 def statistic(views: Tensor, patients: np.ndarray, margin: float, distance: str) -> Statistic:
