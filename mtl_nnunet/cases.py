@@ -247,6 +247,8 @@ def read_case(case: Case, reader: str, num_channels: int) -> Image:
             f"{what} has {len(voxels)} channels, but the dataset names {num_channels}. Add the missing channel file, or "
             "correct channel_names in dataset.json."
         )
+    if not voxels.size:
+        raise UserError(f"{what} holds no voxels: its shape is {voxels.shape[1:]}. Repair it, or leave the case out.")
     if not np.isfinite(voxels).all():
         raise UserError(f"{what} holds NaN or infinite voxels. Repair the image, or leave the case out.")
     for channel, values in enumerate(voxels):
@@ -273,7 +275,7 @@ def _refuse_what_itk_hides(case: Case, file: Path) -> None:
     """ITK reads a NIfTI file whose end is missing without an error, NaN as 0, and a voxel size of 0 as 1 mm."""
     if not file.name.endswith((".nii", ".nii.gz")):
         return
-    import nibabel
+    import nibabel.imageglobals
 
     try:
         content = file.read_bytes()

@@ -120,10 +120,10 @@ def read_contents(path: str | Path) -> Contents:
             kind = "timm train.py" if "arch" in content else kind
             break
     weights = _without_wrappers(weights)
-    tensors = {k: v for k, v in weights.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    tensors = {k: v for k, v in weights.items() if isinstance(k, str) and _holds_values(v)}
     if not tensors or len(tensors) < len(weights):
         others = [k for k in weights if k not in tensors]
-        held = f"{others[0]!r} is not the name of a tensor" if others else "no tensors"
+        held = f"{others[0]!r:.80} is not the name of a dense tensor of numbers" if others else "no tensors"
         raise UserError(
             f"checkpoint {path} holds no weights that can be read ({held}). "
             f"Expected a state dict, alone or under one of: {listed(list(WEIGHT_KEYS))}."
@@ -153,6 +153,15 @@ def epoch_in_name(name: str) -> int | None:
         if matches := re.findall(pattern, stem, flags=re.IGNORECASE):
             return int(matches[-1])
     return None
+
+
+def _holds_values(value: Any) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not (value.is_complex() or value.is_quantized)
+    )
 
 
 def _files_of_run(folder: Path) -> list[Path]:
@@ -250,7 +259,10 @@ def _not_a_checkpoint(path: Path) -> str:
 
 def _without_wrappers(weights: Mapping[str, Any]) -> dict[str, Any]:
     stripped = dict(weights)
-    while prefix := next((p for p in WRAPPER_PREFIXES if stripped and all(isinstance(k, str) and k.startswith(p) for k in stripped)), None):
+    while prefix := next(
+        (p for p in WRAPPER_PREFIXES if stripped and all(isinstance(k, str) and k.startswith(p) for k in stripped)),
+        None,
+    ):
         stripped = {k[len(prefix) :]: v for k, v in stripped.items()}
     return stripped
 

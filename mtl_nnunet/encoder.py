@@ -103,13 +103,14 @@ class TimmEncoder(nn.Module):
                 f"checkpoint {source} does not fit timm encoder '{self.name}': it holds {len(foreign)} tensors that "
                 f"this network does not have (first: {foreign[0]}). {advice}"
             )
-        broken = [k for k in own if weights[k].is_floating_point() and not torch.isfinite(weights[k]).all()]
+        cast = {k: weights[k].to(own[k].dtype) for k in own}
+        broken = [k for k in own if not torch.isfinite(cast[k]).all()]
         if broken:
             raise UserError(
                 f"checkpoint {source} holds NaN or infinite weights in {len(broken)} tensors (first: {broken[0]}). "
                 "Its training diverged or the file is damaged: leave it out."
             )
-        self.timm.model.load_state_dict({k: weights[k].to(own[k].dtype) for k in own}, strict=True)
+        self.timm.model.load_state_dict(cast, strict=True)
         return surplus
 
     def own_part(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -169,9 +169,7 @@ def test_predicts_where_the_trainers_are_not_on_the_path(trained: Workplace, pre
     check_predictions(trained, predicted)
 
 
-def test_exported_model_predicts_the_same_in_another_place(
-    trained: Workplace, predicted: Path, tmp_path: Path
-) -> None:
+def test_exported_model_predicts_the_same_in_another_place(trained: Workplace, predicted: Path, tmp_path: Path) -> None:
     zipped = str(tmp_path / "model.zip")
     export = ("-d", "8", "-o", zipped, "-c", "2d", "-tr", TRAINER, "-f", "0", "1", "-p", "nnUNetPlans", "--not_strict")
     trained.run("nnUNetv2_export_model_to_zip", *export)

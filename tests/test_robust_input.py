@@ -1,8 +1,7 @@
-"""Odd but legal inputs work; broken ones end in one line that names them, found by hand and by fuzzing."""
+"""Odd but legal inputs work; broken ones end in one line that names them."""
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import resource
@@ -15,19 +14,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEMO_RUN, phantom, write_image, write_phantoms
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from mtl_nnunet.cases import Case, find_image_folder, find_nnunet_dataset, read_case
-from mtl_nnunet.checkpoints import find_checkpoints, read_contents
+from mtl_nnunet.cases import find_image_folder, find_nnunet_dataset
 from mtl_nnunet.cli.select_checkpoint import main
-from mtl_nnunet.encoder import random_encoder
-from mtl_nnunet.errors import UserError
 from mtl_nnunet.slices import gather_slices
-
-FUZZ = settings(
-    deadline=None, derandomize=True, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
 
 
 def select(*more: str) -> int:
@@ -52,7 +42,10 @@ def save(path: Path, voxels_xyz: np.ndarray, affine: np.ndarray | None = None, *
 
 def test_a_time_axis_is_named(make_dataset: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     folder = make_dataset(1)
-    save(folder / "imagesTr" / "case_02_0000.nii.gz", np.random.default_rng(0).normal(size=(36, 40, 12, 5)).astype(np.float32))
+    save(
+        folder / "imagesTr" / "case_02_0000.nii.gz",
+        np.random.default_rng(0).normal(size=(36, 40, 12, 5)).astype(np.float32),
+    )
     line = refused(capsys)
     assert "case_02" in line
     assert "5 channels" in line or "4" in line
@@ -79,7 +72,7 @@ def test_links_spaces_and_letters_of_other_alphabets(
     make_dataset: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_dataset(1)
-    plain = gather_slices(find_nnunet_dataset(1), 24)
+    plain = {hashes for case in gather_slices(find_nnunet_dataset(1), 24).used for hashes in case.sha256}
     raw = tmp_path / "räw dàta 数据"
     linked = raw / "Dataset001_Phantom"
     for part in ("imagesTr", "labelsTr"):
@@ -91,6 +84,7 @@ def test_links_spaces_and_letters_of_other_alphabets(
     assert select("-o", str(tmp_path / "sélection d'ici")) == 0
     content = json.loads((tmp_path / "sélection d'ici" / "selection.json").read_text(encoding="utf-8"))
     assert content["dataset"]["cases_used"][0]["name"].startswith("Fäll 患者")
+    assert {hashes for case in content["dataset"]["cases_used"] for hashes in case["sha256"]} == plain
 
 
 def test_orientations_that_disagree_and_spacing_0_do_not_end_in_a_traceback(
@@ -147,136 +141,6 @@ def test_one_giant_slice(make_dataset: Callable[..., Path]) -> None:
     slices = gather_slices(find_nnunet_dataset(1), 3, num_workers=1)
     assert slices.images.shape == (3, 1, 512, 512)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 < 8, "GiB"
-
-
-@pytest.fixture(scope="module")
-def small_nifti(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    buffer = io.BytesIO()
-    voxels = phantom((6, 12, 10), seed=0)[0][0].transpose(2, 1, 0)
-    nibabel.Nifti1Image(voxels, np.diag([1, 1, 3, 1.0])).to_stream(buffer)
-    return buffer.getvalue()
-
-
-@FUZZ
-@given(
-    mutations=st.lists(st.tuples(st.integers(0, 351), st.integers(0, 255)), min_size=1, max_size=6),
-    cut=st.one_of(st.none(), st.integers(0, 3000)),
-    reader=st.sampled_from(["SimpleITKIO", "monai"]),
-)
-def test_no_header_ends_in_anything_but_an_image_or_a_message(
-    small_nifti: bytes, tmp_path: Path, mutations: list[tuple[int, int]], cut: int | None, reader: str
-) -> None:
-    content = bytearray(small_nifti)
-    for position, value in mutations:
-        content[position] = value
-    file = tmp_path / "case_0000.nii"
-    file.write_bytes(bytes(content[:cut]))
-    try:
-        image = read_case(Case("case", "case", (file,)), reader, 1)
-    except UserError as error:
-        assert "case" in str(error)
-    else:
-        assert np.isfinite(image.voxels).all()
-        assert min(image.spacing) > 0
-
-
-FIELDS = {
-    "dim": (40, "<8h"),
-    "datatype": (70, "<2h"),
-    "pixdim": (76, "<8f"),
-    "vox_offset": (108, "<f"),
-    "scl": (112, "<2f"),
-    "forms": (252, "<2h"),
-    "quatern": (256, "<6f"),
-    "srow": (280, "<12f"),
-}
-NUMBERS = st.one_of(
-    st.sampled_from([0, -1, 1, 2, 4, 8, 16, 64, 512, 32767, -32768]), st.floats(width=32), st.integers(-32768, 32767)
-)
-
-
-@FUZZ
-@given(
-    field=st.sampled_from(sorted(FIELDS)),
-    values=st.lists(NUMBERS, min_size=12, max_size=12),
-    kept=st.integers(0, 11),
-    reader=st.sampled_from(["SimpleITKIO", "monai"]),
-)
-def test_no_field_of_a_header_ends_in_anything_but_an_image_or_a_message(
-    small_nifti: bytes, tmp_path: Path, field: str, values: list[float], kept: int, reader: str
-) -> None:
-    import struct
-
-    offset, layout = FIELDS[field]
-    old = struct.unpack_from(layout, small_nifti, offset)
-    integers = layout.endswith("h")
-    new = [o if i < kept else v for i, (o, v) in enumerate(zip(old, values, strict=False))]
-    if integers:
-        new = [int(np.clip(np.nan_to_num(v), -32768, 32767)) for v in new]
-        if field == "dim":
-            # what a header of gigabytes asks for is refused by the readers, and is not worth a test's memory
-            new = [min(v, 64) for v in new]
-    content = bytearray(small_nifti)
-    struct.pack_into(layout, content, offset, *new)
-    file = tmp_path / "case_0000.nii"
-    file.write_bytes(bytes(content))
-    try:
-        image = read_case(Case("case", "case", (file,)), reader, 1)
-    except UserError as error:
-        assert "case" in str(error)
-    else:
-        assert np.isfinite(image.voxels).all()
-        assert min(image.spacing) > 0
-
-
-LEAVES = st.one_of(
-    st.none(),
-    st.integers(-5, 50),
-    st.text(max_size=5),
-    st.floats(),
-    st.builds(lambda shape: torch.ones(shape), st.lists(st.integers(0, 3), max_size=4)),
-    st.builds(lambda n: torch.full((n,), torch.nan), st.integers(1, 3)),
-)
-KEYS = st.one_of(
-    st.sampled_from(["state_dict", "model", "epoch", "arch", "args", "conv1.weight", "module.fc.bias", "bn1.running_mean"]),
-    st.text(max_size=4),
-    st.integers(0, 3),
-)
-TREES = st.recursive(LEAVES, lambda inner: st.dictionaries(KEYS, inner, max_size=4), max_leaves=12)
-
-
-@FUZZ
-@given(tree=TREES)
-def test_no_dictionary_ends_in_anything_but_weights_or_a_message(tmp_path: Path, tree: Any) -> None:
-    file = tmp_path / "checkpoint-3.pth"
-    torch.save(tree, file)
-    try:
-        weights = read_contents(file).weights
-        (found,) = find_checkpoints([file])
-        assert found.path == file
-        random_encoder("test_resnet", 1, 0).load_weights(weights, str(file))
-    except UserError as error:
-        assert "checkpoint" in str(error)
-
-
-@FUZZ
-@given(mutations=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=8), cut=st.integers(0, 10**6))
-def test_no_damaged_file_ends_in_anything_but_weights_or_a_message(
-    tmp_path: Path, mutations: list[tuple[int, int]], cut: int
-) -> None:
-    original = tmp_path / "original.pth"
-    if not original.exists():
-        torch.save({"state_dict": {"conv1.weight": torch.ones(4, 3)}, "epoch": 3, "arch": "test_resnet"}, original)
-    content = bytearray(original.read_bytes())
-    for position, value in mutations:
-        content[position % len(content)] = value
-    file = tmp_path / "checkpoint-3.pth"
-    file.write_bytes(bytes(content[: max(1, cut % (2 * len(content)))]))
-    try:
-        read_contents(file)
-        find_checkpoints([file])
-    except UserError as error:
-        assert "checkpoint" in str(error)
 
 
 def test_a_plain_folder_with_odd_names(tmp_path: Path) -> None:
