@@ -9,6 +9,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ import numpy as np
 
 from mtl_nnunet.errors import UserError
 from mtl_nnunet.files import written_atomically
+
+# slices are named by their content, whichever code made them
+DECIDING = ("embedding", "encoder", "pixels", "ranking", "views")
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,14 @@ class ResultCache:
     def _path(self, content: Mapping[str, Any]) -> Path:
         name = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         return self.folder / f"{name}.npz"
+
+
+@lru_cache(maxsize=1)
+def code_sha256() -> str:
+    """Hash of the code that decides a score: a result of other code is another result, whatever the version says."""
+    package = Path(__file__).parent
+    files = [*(package / f"{name}.py" for name in DECIDING), *sorted((package / "scores").glob("*.py"))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def default_folder() -> Path:

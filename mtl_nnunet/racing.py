@@ -18,7 +18,7 @@ from mtl_nnunet.embedding import Target, embed, make_target
 from mtl_nnunet.encoder import random_encoder
 from mtl_nnunet.errors import UserError
 from mtl_nnunet.pixels import Pixels
-from mtl_nnunet.ranking import RankedCheckpoint, Ranking, evaluate, interval, ranking_of
+from mtl_nnunet.ranking import RankedCheckpoint, Ranking, evaluate, interval, last_epoch, ranking_of
 from mtl_nnunet.scores import Features, Score
 from mtl_nnunet.slices import Slices
 
@@ -110,6 +110,11 @@ def race_checkpoints(
         by_index[i] = RankedCheckpoint(
             candidates[i], scored.value, low, high, 0.0, undecided=False, levels=scored.levels, out_after=patients
         )
+    if last_epoch(checkpoints) not in kept:
+        # the last epoch went out on fewer patients: those that stayed are not paired with it
+        by_index = {
+            i: replace(r, compared={k: c for k, c in r.compared.items() if k != "last"}) for i, r in by_index.items()
+        }
     samples = np.full((len(checkpoints), ranking.samples.shape[1]), np.nan)
     samples[kept] = ranking.samples
     return replace(

@@ -15,7 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 from mtl_nnunet import __version__
-from mtl_nnunet.cache import ResultCache, Scored
+from mtl_nnunet.cache import ResultCache, Scored, code_sha256
 from mtl_nnunet.checkpoints import Checkpoint, read_contents
 from mtl_nnunet.decision import Rule, choose
 from mtl_nnunet.embedding import Target, digest, embed, make_target
@@ -30,6 +30,28 @@ RANDOM = "random"
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """How much better one checkpoint scores than another on the same resampled patients.
+
+    Attributes:
+        gain: Difference of the scores; above 0 is better, whichever way the score runs.
+        low: Lower end of its 95 % bootstrap interval over patients.
+        high: Upper end.
+        probability: Share of the draws in which it scores better; equal scores count half.
+    """
+
+    gain: float
+    low: float
+    high: float
+    probability: float
+
+    @property
+    def is_undecided(self) -> bool:
+        """Whether the interval holds zero."""
+        return self.low <= 0 <= self.high
+
+
+@dataclass(frozen=True)
 class RankedCheckpoint:
     """A checkpoint's score on the target.
 
@@ -41,6 +63,8 @@ class RankedCheckpoint:
         probability_of_best_score: Share of the bootstrap draws in which it scores best among the checkpoints; None for
             the random initialisation, which is no candidate.
         undecided: Whether the paired interval of its difference to the best score holds zero.
+        compared: Paired comparison with the ``best`` score, the ``last`` epoch and the ``random`` initialisation; none where
+            the two did not see the same patients, as in a race.
         levels: The score at each level that it read.
         out_after: In a race, after how many patients it went out; its score is of those. None: it saw all.
     """
@@ -51,6 +75,7 @@ class RankedCheckpoint:
     high: float
     probability_of_best_score: float | None
     undecided: bool
+    compared: dict[str, Comparison] = field(default_factory=dict)
     levels: dict[int, float] = field(default_factory=dict)
     out_after: int | None = None
 
@@ -92,8 +117,8 @@ class Ranking:
     @property
     def last(self) -> RankedCheckpoint | None:
         """The checkpoint of the last epoch, or None where no file states an epoch."""
-        dated = [c for c in self.checkpoints if c.checkpoint is not None and c.checkpoint.epoch is not None]
-        return max(dated, key=lambda c: _age(c.checkpoint), default=None)
+        index = last_epoch([c.checkpoint for c in self.checkpoints])
+        return None if index is None else self.checkpoints[index]
 
     @property
     def undecided(self) -> tuple[RankedCheckpoint, ...]:
@@ -302,6 +327,7 @@ def _content(
         "draws": BOOTSTRAP_DRAWS,
         "device": device,
         "precision": precision,
+        "code": code_sha256(),
         "versions": [__version__, *(importlib.metadata.version(p) for p in ("torch", "timm", "monai", "numpy"))],
     }
 
@@ -320,17 +346,23 @@ def ranking_of(
     score: Score, encoder: str, candidates: Sequence[Checkpoint | None], results: Sequence[Scored], rule: Rule
 ) -> Ranking:
     """The ranking of candidates by results of the same bootstrap draws, the random initialisation last of both."""
+    # from here to the choice, higher is better
     sign = 1.0 if score.higher_is_better else -1.0
-    values = [sign * r.value for r in results[:-1]]
-    samples = np.stack([r.sample for r in results[:-1]])
+    values = [sign * r.value for r in results]
+    samples = np.stack([sign * r.sample for r in results])
     epochs = [None if c is None else c.epoch for c in candidates[:-1]]
-    best = choose(Rule(), values, sign * samples, sign * results[-1].value, epochs)
-    choice = choose(rule, values, sign * samples, sign * results[-1].value, epochs)
-    wins = _share_of_wins(sign * samples)
+    best = choose(Rule(), values[:-1], samples[:-1], values[-1], epochs)
+    choice = choose(rule, values[:-1], samples[:-1], values[-1], epochs)
+    wins = _share_of_wins(samples[:-1])
+    yardsticks = {"best": best, "last": last_epoch(candidates), RANDOM: len(results) - 1}
     ranked = []
     for i, (checkpoint, result) in enumerate(zip(candidates, results, strict=True)):
         low, high = interval(result.sample)
-        difference_low, difference_high = interval(result.sample - samples[best])
+        compared = {
+            name: compare(values[i], samples[i], values[other], samples[other])
+            for name, other in yardsticks.items()
+            if other not in (None, i)
+        }
         ranked.append(
             RankedCheckpoint(
                 checkpoint=checkpoint,
@@ -338,15 +370,39 @@ def ranking_of(
                 low=low,
                 high=high,
                 probability_of_best_score=float(wins[i]) if checkpoint is not None else None,
-                undecided=bool(i == best or difference_low <= 0 <= difference_high),
+                undecided=i == best or compared["best"].is_undecided,
+                compared=compared,
                 levels=result.levels,
             )
         )
-    return Ranking(score, encoder, tuple(ranked[:-1]), ranked[-1], best, rule, choice, samples)
+    return Ranking(
+        score, encoder, tuple(ranked[:-1]), ranked[-1], best, rule, choice, np.stack([r.sample for r in results[:-1]])
+    )
 
 
-def _age(checkpoint: Checkpoint | None) -> int:
-    return -1 if checkpoint is None or checkpoint.epoch is None else checkpoint.epoch
+def compare(value: float, sample: np.ndarray, other_value: float, other_sample: np.ndarray) -> Comparison:
+    """One checkpoint against another on the same draws.
+
+    Args:
+        value: Its score, higher is better.
+        sample: Its score on each draw, shape (B,).
+        other_value: The other's score.
+        other_sample: The other's score on the same draws, shape (B,).
+
+    Example:
+        >>> compare(0.8, np.array([0.7, 0.8, 0.9]), 0.7, np.array([0.7, 0.7, 0.7]))
+        Comparison(gain=0.10000000000000009, low=0.005000000000000009, high=0.1950000000000001, probability=0.8333333333333334)
+    """
+    differences = sample - other_sample
+    existing = differences[~np.isnan(differences)]
+    probability = float(((existing > 0) + 0.5 * (existing == 0)).mean())
+    return Comparison(value - other_value, *interval(differences), probability)
+
+
+def last_epoch(checkpoints: Sequence[Checkpoint | None]) -> int | None:
+    """Index of the checkpoint of the last epoch, or None where none states its epoch."""
+    epochs = {i: c.epoch for i, c in enumerate(checkpoints) if c is not None and c.epoch is not None}
+    return max(epochs, key=lambda i: epochs[i], default=None)
 
 
 def _share_of_wins(samples: np.ndarray) -> np.ndarray:

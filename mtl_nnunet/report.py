@@ -83,22 +83,46 @@ def others_text(rankings: Sequence[Ranking]) -> str:
     return "\n".join(lines)
 
 
+def comparison_text(ranking: Ranking) -> str:
+    """The chosen checkpoint beside the baselines, paired over patients: last epoch and random initialisation."""
+    lines = []
+    for name, words in (("last", "the last epoch"), ("random", "random initialisation")):
+        if (c := ranking.chosen.compared.get(name)) is not None:
+            lines.append(
+                f"chosen against {words}: {c.gain:+.4f} [{c.low:+.4f}, {c.high:+.4f}], scores better on {c.probability:.0%} of the draws"
+            )
+    return "\n".join(lines)
+
+
 def warnings_in_words(ranking: Ranking, num_patients: int) -> list[str]:
     """What a user should know before believing the choice."""
     warnings = []
-    undecided = ranking.undecided
-    if len(undecided) > 1 and ranking.rule.name == "best":
+    undecided, best, chosen = ranking.undecided, ranking.checkpoints[ranking.best], ranking.chosen
+    if len(undecided) > 1:
         names = ", ".join(c.label for c in undecided)
-        warnings.append(
-            f"The score cannot tell {len(undecided)} of {len(ranking.checkpoints)} checkpoints apart ({names}): "
+        consequence = (
             "choosing the best score among them is close to a guess."
+            if ranking.rule.name == "best"
+            else "the score does not say which of them is best."
         )
-    if not ranking.better(ranking.chosen, ranking.random):
         warnings.append(
-            "No checkpoint scores better than the random initialisation of the same encoder. Compare with training "
-            "from scratch (-tr MTLTrainerScratch)."
+            f"The score cannot tell {len(undecided)} of {len(ranking.checkpoints)} checkpoints apart ({names}): {consequence}"
         )
-    if ranking.rule.name == "non-inferior" and ranking.chosen is ranking.last:
+    from_scratch = "Compare with training from scratch (-tr MTLTrainerScratch)."
+    if not ranking.better(best, ranking.random):
+        warnings.append(
+            f"No checkpoint scores better than the random initialisation of the same encoder. {from_scratch}"
+        )
+    elif best.compared["random"].is_undecided:
+        warnings.append(
+            f"No checkpoint scores clearly better than the random initialisation of the same encoder. {from_scratch}"
+        )
+    elif not ranking.better(chosen, ranking.random):
+        warnings.append(
+            f"The chosen checkpoint ({chosen.label}) scores no better than the random initialisation, though epoch "
+            f"{best.label} does. {from_scratch}"
+        )
+    if ranking.rule.name == "non-inferior" and chosen is ranking.last:
         warnings.append(
             "No earlier checkpoint is known to be good enough by the non-inferiority rule: the last one is taken."
         )

@@ -71,7 +71,7 @@ def select_checkpoint(
     """Score the checkpoints of a run on a dataset, choose one, and write the choice where training finds it.
 
     Args:
-        dataset: Number or name of an nnU-Net dataset, ``Path`` of an image folder or datalist, or a ``Dataset``.
+        dataset: Number or name of an nnU-Net dataset, path of an image folder or datalist, or a ``Dataset``.
         checkpoints: Folder of a pretraining run, or what ``find_checkpoints`` found.
         scores: By which scores; the first chooses.
         encoder: timm's name of the architecture, where the checkpoints do not say.
@@ -148,7 +148,9 @@ def default_output(dataset_name: str, fold: int | str | None = None) -> Path:
 def _found(dataset: Dataset | int | str | Path) -> Dataset:
     if isinstance(dataset, Dataset):
         return dataset
-    return find_image_folder(dataset) if isinstance(dataset, Path) else find_nnunet_dataset(dataset)
+    if isinstance(dataset, Path) or (isinstance(dataset, str) and os.sep in dataset):
+        return find_image_folder(dataset)
+    return find_nnunet_dataset(dataset)
 
 
 def _training_cases(dataset: Dataset, fold: int) -> Dataset:

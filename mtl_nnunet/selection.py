@@ -300,6 +300,10 @@ def _measured(ranked: RankedCheckpoint) -> dict[str, Any]:
             "probability_of_best_score": ranked.probability_of_best_score,
             "undecided": ranked.undecided,
         }
+    measured["compared_with"] = {
+        name: {"gain": c.gain, "low": c.low, "high": c.high, "probability": c.probability}
+        for name, c in ranked.compared.items()
+    }
     if ranked.out_after is not None:
         measured["out_after_patients"] = ranked.out_after
     return measured

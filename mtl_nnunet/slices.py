@@ -254,7 +254,7 @@ def _extract(
         spacing=image.spacing,
         relative_size=float(np.prod(voxels.shape[1:]) / np.prod(image.voxels.shape[1:])),
         stacks={
-            use_mask: _normalize_volume(voxels, mask, dataset.channel_names, use_mask, case)[:, positions].copy()
+            use_mask: _normalized_slices(voxels, mask, dataset.channel_names, use_mask, case, positions)
             for use_mask in with_and_without_mask
         },
         positions=tuple(positions),
@@ -285,14 +285,20 @@ def _evenly(candidates: np.ndarray, quota: int, rng: np.random.Generator) -> tup
     return tuple(int(c) for c in candidates[steps])
 
 
-def _normalize_volume(
-    voxels: np.ndarray, mask: np.ndarray, channel_names: Sequence[str], use_mask: bool, case: Case
+def _normalized_slices(
+    voxels: np.ndarray,
+    mask: np.ndarray,
+    channel_names: Sequence[str],
+    use_mask: bool,
+    case: Case,
+    positions: Sequence[int],
 ) -> np.ndarray:
+    """Some slices of the volume as normalised as a whole, one channel in memory at a time."""
     from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import (
         get_normalization_scheme,
     )
 
-    normalized = np.array(voxels, dtype=np.float32)
+    kept = np.array(voxels[:, positions], dtype=np.float32)
     for channel, name in enumerate(channel_names):
         scheme = get_normalization_scheme(name)
         # CT waits for the statistics of the whole dataset
@@ -301,13 +307,13 @@ def _normalize_volume(
         honours_mask = scheme.leaves_pixels_outside_mask_at_zero_if_use_mask_for_norm_is_true
         try:
             normalizer = scheme(use_mask_for_norm=bool(use_mask and honours_mask), intensityproperties={})
-            normalized[channel] = normalizer.run(normalized[channel], mask[0])
+            kept[channel] = normalizer.run(np.array(voxels[channel], dtype=np.float32), mask[0])[positions]
         except AssertionError as error:
             raise UserError(
                 f"case {case.name}: channel {channel} ('{name}') cannot be normalised by nnU-Net's {scheme.__name__}: {error}. "
                 "Correct channel_names or the image."
             ) from error
-    return normalized
+    return kept
 
 
 def _foreground_samples(

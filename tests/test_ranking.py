@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from mtl_nnunet.encoder import random_encoder
 from mtl_nnunet.errors import UserError
 from mtl_nnunet.parallel import workers
 from mtl_nnunet.racing import race_checkpoints
-from mtl_nnunet.ranking import rank_checkpoints, score_encoder
+from mtl_nnunet.ranking import bootstrap_draws, rank_checkpoints, score_encoder
 from mtl_nnunet.scores import SCORES, Score, parse_score
 from mtl_nnunet.scores.robustness import robustness
 from mtl_nnunet.select import select_checkpoint
@@ -118,6 +119,35 @@ def test_the_published_score_is_the_one_of_the_published_form(slices: Slices) ->
     assert scored.value == pytest.approx(robustness(a, b).item(), abs=1e-5)
 
 
+@pytest.mark.parametrize("name", ["hscore", "knn", "dse"])
+def test_pooled_features_of_pixels_are_means_over_a_class_in_a_slice(slices: Slices, name: str) -> None:
+    score = parse_score(f"{name}:level=2,pooled=yes")
+    features = embed(loaded(), make_target(slices, [score], 0), [score])
+    pixels = features.pixels[score.labels]
+    means, labels, patients = [], [], []
+    for key in sorted({*zip(pixels.slices.tolist(), pixels.labels.tolist(), strict=True)}):
+        mine = (pixels.slices == key[0]) & (pixels.labels == key[1])
+        means.append(features.at_pixels[score.labels, 2][torch.as_tensor(mine)].mean(0))
+        labels.append(key[1])
+        patients.append(slices.patients[key[0]])
+    rest = {k: v for k, v in score.parameters.items() if k not in ("level", "pooled")}
+    expected = score.prepare(torch.stack(means), np.array(labels), np.array(patients), **rest)
+    statistic, _ = score.statistic(features)
+    draws = bootstrap_draws(slices.num_patients, 20, 0)
+    np.testing.assert_allclose(statistic(draws), expected(draws), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", [n for n, s in SCORES.items() if s.labels])
+def test_a_patient_whose_pixels_do_not_count_has_no_say(slices: Slices, name: str) -> None:
+    assert slices.labels is not None
+    labels = slices.labels.clone()
+    out = slices.num_patients - 1
+    labels[torch.as_tensor(slices.patients == out)] = -1
+    (scored,) = score_encoder(loaded(), replace(slices, labels=labels), parse_score(name))
+    assert np.isfinite(scored.value)
+    assert np.isfinite(scored.sample).all()
+
+
 def test_any_module_that_gives_feature_maps_can_be_scored_and_others_are_named(slices: Slices) -> None:
     convolutions = nn.ModuleList([nn.Conv2d(1, 8, 3, 2, 1), nn.Conv2d(8, 16, 3, 2, 1)])
 
@@ -143,8 +173,6 @@ def test_any_module_that_gives_feature_maps_can_be_scored_and_others_are_named(s
 
 
 def test_label_free_scores_do_not_look_at_labels(slices: Slices) -> None:
-    from dataclasses import replace
-
     free = [s for s in EVERY if not s.labels]
     without = score_encoder(loaded(), replace(slices, labels=None), free)
     for a, b in zip(score_encoder(loaded(), slices, free), without, strict=True):
@@ -179,6 +207,26 @@ def test_one_more_checkpoint_or_score_computes_only_that(
     rank_checkpoints(checkpoints[:1], "test_resnet", slices, parse_score("contrastive", strength=0.5), cache=cache)
     rank_checkpoints(checkpoints[:1], "test_resnet", slices, score, seed=1, cache=cache)
     assert len(counted) == 12 + 6, "whatever a result depends on names it"
+    monkeypatch.setattr(ranking_module, "code_sha256", lambda: "other code")
+    rank_checkpoints(checkpoints[:1], "test_resnet", slices, score, cache=cache)
+    assert len(counted) == 12 + 6 + 2, "and so does the code"
+
+
+def test_cases_are_read_and_viewed_once_however_many_checkpoints(
+    make_dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mtl_nnunet import embedding
+    from mtl_nnunet import slices as slices_module
+
+    make_dataset(1, num_cases=5)
+    read, viewed = [], []
+    reading, viewing = slices_module.read_case, embedding.make_views
+    monkeypatch.setattr(slices_module, "read_case", lambda case, *rest: read.append(case.name) or reading(case, *rest))
+    monkeypatch.setattr(embedding, "make_views", lambda *rest: viewed.append(rest[1:4]) or viewing(*rest))
+    scores = ["contrastive", "infonce", "alignment", "rankme", "uniformity"]
+    select_checkpoint(1, DEMO_RUN, scores, num_slices=20)
+    assert sorted(read) == [f"case_{i:02d}" for i in range(5)]
+    assert sorted(viewed) == [("plain", 1, 0), ("scanner", 3, 0)]
 
 
 def test_damaged_entries_of_the_cache_are_computed_again(slices: Slices, tmp_path: Path) -> None:

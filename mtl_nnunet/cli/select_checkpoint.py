@@ -103,7 +103,7 @@ def select(args: argparse.Namespace) -> None:
     from mtl_nnunet.checkpoints import find_checkpoints
     from mtl_nnunet.errors import UserError
     from mtl_nnunet.parallel import workers
-    from mtl_nnunet.report import others_text, ranking_text, warnings_in_words
+    from mtl_nnunet.report import comparison_text, others_text, ranking_text, warnings_in_words
     from mtl_nnunet.scores import parse_score
     from mtl_nnunet.select import default_output, select_checkpoint
     from mtl_nnunet.selection import refuse_foreign_folder
@@ -163,6 +163,8 @@ def select(args: argparse.Namespace) -> None:
         f"patients; {height} x {width} pixels of {slices.spacing[0]:.3g} x {slices.spacing[1]:.3g} mm, axis {slices.axis} of (z, y, x)\n"
     )
     print(ranking_text(ranking))
+    if compared := comparison_text(ranking):
+        print(compared)
     if len(outcome.rankings) > 1:
         print("\n" + others_text(outcome.rankings[1:]))
     print(f"\nwritten: {folder} (selection.json, encoder.safetensors, ranking.csv, ranking.png)")

@@ -95,8 +95,8 @@ class Score:
 
     @property
     def pooled(self) -> bool:
-        """Whether the feature map is averaged over space."""
-        return bool(self.parameters.get("pooled", False))
+        """Whether features are averaged over space: over the slice, or for scores of pixels over each class in it."""
+        return bool(self.parameters["pooled"])
 
     @property
     def view_key(self) -> tuple[str, float]:
@@ -153,7 +153,23 @@ class Score:
             return self.prepare(embeddings, features.patients, **rest)
         pixels = features.pixels[self.labels]
         joined = torch.cat([features.at_pixels[self.labels, level] for level in levels], dim=1)
-        return self.prepare(joined, pixels.labels, pixels.patients, **rest)
+        labels, patients = pixels.labels, pixels.patients
+        if self.pooled:
+            joined, labels, patients = _by_region(joined, pixels)
+        present, patients = np.unique(patients, return_inverse=True)
+        statistic = self.prepare(joined, labels, patients, **rest)
+        # a patient without a pixel that counts has no say
+        return lambda multiplicities: statistic(multiplicities[:, present])
+
+
+def _by_region(features: Tensor, pixels: Pixels) -> tuple[Tensor, np.ndarray, np.ndarray]:
+    """Mean feature of each class in each slice, with its class and patient."""
+    _, first, region = np.unique(
+        np.stack([pixels.slices, pixels.labels]), axis=1, return_index=True, return_inverse=True
+    )
+    owner = torch.as_tensor(region.reshape(-1))
+    sums = torch.zeros(len(first), features.shape[1]).index_add_(0, owner, features)
+    return sums / torch.bincount(owner)[:, None], pixels.labels[first], pixels.patients[first]
 
 
 def _dse(features: Tensor, labels: np.ndarray, patients: np.ndarray, clusters: int, part: str) -> Statistic:
@@ -190,7 +206,7 @@ def _pixel_score(
         True,
         "pixels",
         prepare,
-        {"level": level, **parameters},
+        {"level": level, "pooled": False, **parameters},
         labels=labels,
         joins_levels=name in ("knn", "probe"),
         choices={"part": structure.PARTS, "gaussian": ("spherical", "diagonal")},

@@ -1,0 +1,101 @@
+"""Comparisons and warnings on rankings made by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mtl_nnunet.cache import Scored
+from mtl_nnunet.checkpoints import Checkpoint
+from mtl_nnunet.decision import Rule
+from mtl_nnunet.ranking import Ranking, bootstrap_draws, compare, ranking_of
+from mtl_nnunet.report import comparison_text, ranking_table, ranking_text, warnings_in_words
+from mtl_nnunet.scores import parse_score
+
+PATIENTS = 30
+
+
+def ranking(
+    means: list[float], random: float, noise: float = 1e-3, rule: Rule | None = None, score: str = "contrastive"
+) -> Ranking:
+    """Scores that are means over patients whose level is shared; epochs 1, 2, ..."""
+    rng = np.random.default_rng(0)
+    terms = np.array([*means, random])[:, None] + noise * rng.normal(size=(len(means) + 1, PATIENTS))
+    terms += 0.05 * rng.normal(size=PATIENTS)
+    samples = terms @ bootstrap_draws(PATIENTS, 2000, 0).T / PATIENTS
+    results = [Scored(float(t.mean()), s) for t, s in zip(terms, samples, strict=True)]
+    candidates = [Checkpoint(Path(f"{e}.pth"), e, "resnet18", "state dict", "") for e in range(1, len(means) + 1)]
+    return ranking_of(parse_score(score), "resnet18", [*candidates, None], results, rule or Rule())
+
+
+def said(found: Ranking, num_patients: int = PATIENTS) -> str:
+    return " ".join(warnings_in_words(found, num_patients))
+
+
+def test_comparisons_are_paired_and_point_towards_better() -> None:
+    found = ranking([0.60, 0.70, 0.69], random=0.5)
+    first, best, last = found.checkpoints
+    assert found.checkpoints[found.best] is best
+    assert "best" not in best.compared
+    assert "last" not in last.compared
+    assert set(first.compared) == {"best", "last", "random"}
+    assert set(found.random.compared) == {"best", "last"}
+    assert last.compared["best"].gain == pytest.approx(-best.compared["last"].gain)
+    assert last.compared["best"].low == pytest.approx(-best.compared["last"].high)
+    assert last.compared["best"].probability == pytest.approx(1 - best.compared["last"].probability)
+    # what patients share cancels: intervals of scores overlap, that of the difference is far from zero
+    assert best.low < last.high
+    assert best.compared["last"].low > 0.008
+    assert not last.undecided
+    assert best.compared["random"].gain == pytest.approx(best.value - found.random.value)
+    # where lower is better, the same numbers turn round
+    lower = ranking([0.60, 0.70, 0.69], random=0.5, score="robustness")
+    assert lower.checkpoints[lower.best].label == "1"
+    assert lower.checkpoints[1].compared["best"].gain == pytest.approx(-0.1, abs=2e-3)
+    assert lower.checkpoints[0].compared["random"].gain == pytest.approx(-0.1, abs=2e-3)
+
+
+def test_equal_scores_are_better_half_of_the_time() -> None:
+    sample = np.array([0.1, 0.2, np.nan])
+    assert compare(0.15, sample, 0.15, sample).probability == 0.5
+    assert compare(0.15, sample, 0.15, sample).is_undecided
+
+
+def test_nothing_to_warn_of() -> None:
+    assert said(ranking([0.6, 0.7, 0.65], random=0.5)) == ""
+
+
+def test_what_the_score_cannot_tell_apart_is_named_under_every_rule() -> None:
+    close = [0.6, 0.7, 0.7001]
+    assert "cannot tell 2 of 3 checkpoints apart (2, 3)" in said(ranking(close, random=0.5))
+    assert "close to a guess" in said(ranking(close, random=0.5))
+    by_epoch = said(ranking(close, random=0.5, rule=Rule("last")))
+    assert "cannot tell 2 of 3 checkpoints apart (2, 3)" in by_epoch
+    assert "guess" not in by_epoch
+
+
+def test_random_weights_are_a_yardstick_of_the_best_and_of_the_chosen() -> None:
+    assert "No checkpoint scores better than the random" in said(ranking([0.6, 0.7, 0.65], random=0.8))
+    clearly = said(ranking([0.6, 0.7, 0.65], random=0.699, noise=0.05))
+    assert "No checkpoint scores clearly better than the random" in clearly
+    chosen = said(ranking([0.6, 0.7, 0.5], random=0.55, rule=Rule("last")))
+    assert "The chosen checkpoint (3) scores no better than the random initialisation, though epoch 2 does" in chosen
+    assert "No checkpoint" not in chosen
+
+
+def test_few_patients_and_a_rule_that_found_nothing_early_are_named() -> None:
+    assert "Only 7 patients" in said(ranking([0.6, 0.7], random=0.5), 7)
+    assert "the last one is taken" in said(ranking([0.1, 0.7], random=0.5, rule=Rule("non-inferior")))
+
+
+def test_tables_say_what_was_found() -> None:
+    found = ranking([0.60, 0.70, 0.69], random=0.5)
+    text = ranking_text(found)
+    assert [line.split()[0] for line in text.splitlines()[1:5]] == ["2", "3", "1", "random"]
+    assert "<- chosen" in text.splitlines()[1]
+    assert comparison_text(found).startswith("chosen against the last epoch: +0.01")
+    rows = ranking_table([found]).splitlines()
+    assert len(rows) == 5
+    assert rows[0].startswith("name,epoch,file,score,low,high")
