@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -47,10 +48,24 @@ class ResultCache:
     def __init__(self, folder: str | os.PathLike[str]):
         self.folder = Path(folder)
 
+    def check(self) -> None:
+        """Find out before any work that results can be kept.
+
+        Raises:
+            UserError: The folder cannot be made or written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.folder).close()
+        except OSError as error:
+            raise UserError(
+                f"results cannot be kept in {self.folder}: {error.strerror}. Pass -cache another folder, or --no-cache."
+            ) from error
+
     def read(self, content: Mapping[str, Any]) -> Scored | None:
         """The result of this content, or None; a damaged file counts as none."""
         try:
-            with np.load(self._path(content), allow_pickle=False) as kept:
+            with open(self._path(content), "rb") as file, np.load(file, allow_pickle=False) as kept:
                 levels = dict(zip(kept["levels"].tolist(), kept["level_values"].tolist(), strict=True))
                 return Scored(float(kept["value"]), kept["sample"], levels)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):

@@ -22,6 +22,9 @@ from mtl_nnunet.files import sha256
 PLAIN_ENDINGS = (".nii.gz", ".nii", ".png", ".tif", ".tiff", ".bmp", ".jpg", ".jpeg")
 # nnU-Net's spacing for the missing axis of a 2D image
 SLICE_SPACING_OF_2D = 999.0
+# of the cases, may be skipped when a user says so
+SKIPPED_SHARE = 0.1
+TRIED_FOR_READER = 20
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Dataset:
         channel_names: As in nnU-Net's dataset.json; they decide the normalisation (``CT`` is special).
         reader: nnU-Net's name of the reader that nnU-Net would choose, or ``monai``.
         ignore_label: The label that says "not annotated", or None.
+        skipped: Cases that were left out because a file is missing, with the reason, where the caller allowed it.
     """
 
     name: str
@@ -51,6 +55,7 @@ class Dataset:
     channel_names: tuple[str, ...]
     reader: str
     ignore_label: int | None = None
+    skipped: tuple[tuple[str, str], ...] = ()
 
     @property
     def num_patients(self) -> int:
@@ -75,11 +80,13 @@ class Image:
     hashes: tuple[str, ...]
 
 
-def find_nnunet_dataset(dataset: str | int) -> Dataset:
+def find_nnunet_dataset(dataset: str | int, skip_bad_cases: bool = False) -> Dataset:
     """A dataset of nnU-Net's raw folder, before any planning.
 
     Args:
         dataset: Number or full name, as for nnU-Net's ``-d``.
+        skip_bad_cases: Go on without cases whose label or a channel is missing, up to a tenth, and name them in
+            ``Dataset.skipped``.
 
     Raises:
         UserError: ``nnUNet_raw`` is not set, no such dataset, a missing channel or label, or an unreadable first image.
@@ -94,11 +101,16 @@ def find_nnunet_dataset(dataset: str | int) -> Dataset:
             "'file_ending'. Convert the dataset with nnUNetv2_convert_MSD_dataset or write the file by hand."
         )
     cases = _listed_cases(folder, description) if "dataset" in description else _cases_in_folder(folder, ending)
-    _refuse_missing_channels(cases, folder / "imagesTr")
-    for case in cases:
-        for file in (*case.images, *filter(None, [case.label])):
-            if not file.is_file():
-                raise UserError(f"case {case.name}: {file} does not exist. Add the file, or leave the case out.")
+    reasons = {**_missing_channels(cases, folder / "imagesTr"), **_missing_files(cases)}
+    skipped = tuple(sorted(reasons.items()))
+    if skipped and not skip_bad_cases:
+        raise UserError(skipped[0][1])
+    if len(skipped) > SKIPPED_SHARE * len(cases):
+        raise UserError(
+            f"{len(skipped)} of {len(cases)} cases in {folder} cannot be used, more than {SKIPPED_SHARE:.0%}. "
+            f"The first: {skipped[0][1]}"
+        )
+    cases = tuple(case for case in cases if case.name not in reasons)
     _require_two(cases, folder)
     names = _in_order(channels, folder / "dataset.json")
     labels = description.get("labels")
@@ -107,8 +119,9 @@ def find_nnunet_dataset(dataset: str | int) -> Dataset:
         folder.name,
         cases,
         names,
-        _nnunet_reader(description, cases[0].images[0]),
+        _nnunet_reader(description, [c.images[0] for c in (cases[:TRIED_FOR_READER] if skip_bad_cases else cases[:1])]),
         ignore_label=ignored if isinstance(ignored, int) else None,
+        skipped=skipped,
     )
 
 
@@ -152,6 +165,8 @@ def with_patients(dataset: Dataset, table: str | Path) -> Dataset:
         UserError: The table cannot be read, or does not name every case.
     """
     table = Path(table)
+    if not table.is_file():
+        raise UserError(f"there is no table of patients {table}. Pass a CSV with the columns case,patient.")
     try:
         with open(table, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
@@ -245,7 +260,7 @@ def read_case(case: Case, reader: str, num_channels: int) -> Image:
     if len(voxels) != num_channels:
         raise UserError(
             f"{what} has {len(voxels)} channels, but the dataset names {num_channels}. Add the missing channel file, or "
-            "correct channel_names in dataset.json."
+            "correct the names of the channels (dataset.json, -channel_names)."
         )
     if not voxels.size:
         raise UserError(f"{what} holds no voxels: its shape is {voxels.shape[1:]}. Repair it, or leave the case out.")
@@ -266,6 +281,10 @@ def read_case(case: Case, reader: str, num_channels: int) -> Image:
             raise UserError(
                 f"case {case.name}: image {tuple(voxels.shape[1:])} and label {tuple(read_label.shape[1:])} differ in shape "
                 f"(z, y, x; {case.label}). Resample the label onto the image, or leave the case out."
+            )
+        if not (np.abs(read_label[0]) <= np.iinfo(np.int16).max).all():
+            raise UserError(
+                f"case {case.name}: {case.label} holds labels that are no numbers up to {np.iinfo(np.int16).max}. Repair it."
             )
         label = read_label[0].astype(np.int16)
     return Image(voxels, spacing, label, tuple(map(sha256, files)))
@@ -304,7 +323,7 @@ def _raw_folder(dataset: str | int) -> Path:
     if not Path(raw).is_dir():
         raise UserError(f"nnUNet_raw names {raw}, which is no folder. Correct the environment variable.")
     text = str(dataset)
-    if text.startswith("Dataset"):
+    if re.match(r"Dataset\d{3}_", text):
         found = [Path(raw, text)] if Path(raw, text).is_dir() else []
     elif text.isdecimal():
         found = _of_number(Path(raw), int(text))
@@ -362,17 +381,19 @@ def _listed_cases(folder: Path, description: dict[str, Any]) -> tuple[Case, ...]
     )
 
 
-def _nnunet_reader(description: dict[str, Any], example: Path) -> str:
+def _nnunet_reader(description: dict[str, Any], examples: Sequence[Path]) -> str:
     from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 
-    # nnU-Net prints a traceback for each reader that fails
-    noise = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(noise), contextlib.redirect_stderr(noise):
-            reader = determine_reader_writer_from_dataset_json(description, str(example), verbose=False)
-    except RuntimeError as error:
-        raise UserError(_unreadable(example)) from error
-    return str(reader.__name__)
+    for example in examples:
+        # nnU-Net prints a traceback for each reader that fails
+        noise = io.StringIO()
+        with (
+            contextlib.suppress(RuntimeError),
+            contextlib.redirect_stdout(noise),
+            contextlib.redirect_stderr(noise),
+        ):
+            return str(determine_reader_writer_from_dataset_json(description, str(example), verbose=False).__name__)
+    raise UserError(_unreadable(examples[0]))
 
 
 def _read_with_nnunet(files: Sequence[Path], reader: str) -> tuple[np.ndarray, tuple[float, float, float]]:
@@ -484,7 +505,8 @@ def _monai_dataset(name: str, cases: tuple[Case, ...], channel_names: Sequence[s
     if len(set(names)) < len(names):
         twice = next(n for n in names if names.count(n) > 1)
         raise UserError(f"{where}: two cases are called {twice}. Give the files different names.")
-    _refuse_missing_channels(cases, where)
+    for reason in _missing_channels(cases, where).values():
+        raise UserError(reason)
     num_channels = len(_read_with_monai(cases[0].images, "monai")[0])
     if channel_names is None:
         channel_names = [f"channel {i}" for i in range(num_channels)]
@@ -496,15 +518,24 @@ def _monai_dataset(name: str, cases: tuple[Case, ...], channel_names: Sequence[s
     return Dataset(name, cases, tuple(channel_names), "monai")
 
 
-def _refuse_missing_channels(cases: tuple[Case, ...], where: Path) -> None:
+def _missing_channels(cases: Sequence[Case], where: Path) -> dict[str, str]:
     # one file may hold all channels (RGB, 4D), so files are compared between cases and channels are counted on reading
     expected = max(len(case.images) for case in cases)
-    for case in cases:
-        if len(case.images) != expected:
-            raise UserError(
-                f"case {case.name} in {where} has {len(case.images)} of {expected} channel files "
-                f"({listed([i.name for i in case.images])}). Add the missing file, or leave the case out."
-            )
+    return {
+        case.name: f"case {case.name} in {where} has {len(case.images)} of {expected} channel files "
+        f"({listed([i.name for i in case.images])}). Add the missing file, or leave the case out."
+        for case in cases
+        if len(case.images) != expected
+    }
+
+
+def _missing_files(cases: Sequence[Case]) -> dict[str, str]:
+    return {
+        case.name: f"case {case.name}: {file} does not exist. Add the file, or leave the case out."
+        for case in cases
+        for file in (*case.images, *filter(None, [case.label]))
+        if not file.is_file()
+    }
 
 
 def _require_two(cases: tuple[Case, ...], where: Path) -> None:

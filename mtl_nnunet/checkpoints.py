@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import pickle
 import re
 import sys
@@ -65,14 +66,14 @@ class Contents:
     kind: str
 
 
-def find_checkpoints(paths: Sequence[str | Path]) -> list[Checkpoint]:
+def find_checkpoints(paths: str | Path | Sequence[str | Path]) -> list[Checkpoint]:
     """Checkpoints of a run, in the order of their epochs.
 
     ``last`` and ``model_best`` of timm's ``train.py`` are copies of an epoch: they count only where no other file has that
     epoch. What a file does not say of itself is taken from ``args.yaml`` and ``summary.csv`` beside it.
 
     Args:
-        paths: Folders of a run, files, or both.
+        paths: Folder of a run, or several folders and files; what is named twice counts once.
 
     Returns:
         At least one checkpoint; those without an epoch come last, in the order of their names.
@@ -81,13 +82,14 @@ def find_checkpoints(paths: Sequence[str | Path]) -> list[Checkpoint]:
         UserError: Nothing found, a file that cannot be read, two files of one epoch, or two architectures.
     """
     files: list[Path] = []
-    for path in map(Path, paths):
+    for path in map(Path, [paths] if isinstance(paths, (str, Path)) else paths):
         if path.is_dir():
             files += _files_of_run(path)
         elif path.is_file():
             files.append(path)
         else:
             raise UserError(f"no such checkpoint file or folder: {path}. Pass a run's folder or its files with -ckpt.")
+    files = list({file.resolve(): file for file in files}.values())
     # closed also when a file is refused, so that the message gets a line of its own
     with tqdm(files, desc="Reading checkpoints", unit="file", file=sys.stderr) as bar:
         found = _without_copies([_describe(file) for file in bar])
@@ -281,7 +283,7 @@ def _architecture_of_run(path: Path) -> str | None:
         return None
     try:
         args = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
         return None
     return args.get("model") if isinstance(args, Mapping) and isinstance(args.get("model"), str) else None
 
@@ -289,12 +291,16 @@ def _architecture_of_run(path: Path) -> str | None:
 def _logged_accuracy(path: Path) -> dict[int, float]:
     if not path.is_file():
         return {}
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = [(row.get("epoch"), row.get("eval_top1")) for row in csv.DictReader(file)]
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [(row.get("epoch"), row.get("eval_top1")) for row in csv.DictReader(file)]
+    except (OSError, UnicodeDecodeError, csv.Error):
+        return {}
     logged = {}
     for epoch, top1 in rows:
         try:
             logged[int(str(epoch))] = float(str(top1))
         except ValueError:
             continue
-    return logged
+    # a run that diverged logs NaN
+    return {epoch: top1 for epoch, top1 in logged.items() if math.isfinite(top1)}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mtl_nnunet.encoder import TimmEncoder
-from mtl_nnunet.errors import UserError
+from mtl_nnunet.errors import UserError, listed
 from mtl_nnunet.pixels import Pixels, sample_pixels
 from mtl_nnunet.scores import Features, Score
 from mtl_nnunet.slices import Slices
@@ -58,7 +58,16 @@ def make_target(slices: Slices, scores: Sequence[Score], seed: int) -> Target:
         slices: Of which slices.
         scores: For which scores.
         seed: Seed of views and pixels.
+
+    Raises:
+        UserError: A score needs labels and the slices have none.
     """
+    unlabelled = [s.name for s in scores if s.labels]
+    if slices.labels is None and unlabelled:
+        raise UserError(
+            f"score '{unlabelled[0]}' needs labels and the slices have none. Gather them with labels "
+            "(gather_slices(..., with_labels=True)), or choose another score."
+        )
     wanted: dict[tuple[str, float], int] = {}
     for score in scores:
         wanted[score.view_key] = max(score.num_views, wanted.get(score.view_key, 0))
@@ -102,7 +111,12 @@ def embed(
     Raises:
         UserError: The encoder has no such level, gives no feature maps, or cannot take images of this size.
     """
-    encoder = encoder.to(device).to(memory_format=torch.channels_last).eval()
+    if precision not in PRECISIONS:
+        raise UserError(f"unknown precision '{precision}'. Available: {listed(list(PRECISIONS))}.")
+    try:
+        encoder = encoder.to(device).to(memory_format=torch.channels_last).eval()
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"the encoder cannot be moved to device '{device}' ({str(error).splitlines()[0]}).") from error
     name = encoder.name if isinstance(encoder, TimmEncoder) else type(encoder).__name__
     autocast = _autocast(device, precision)
     num_levels = (
@@ -145,7 +159,13 @@ def embed(
             embeddings[key, level, pooled] = torch.stack([torch.cat(batches) for batches in by_view]).clone()
         for (labelled, level), batches in found.items():
             sampled[labelled, level] = torch.cat(batches).clone()
-    return Features(embeddings, sampled, target.patients, target.pixels, num_levels, name)
+    return Features(embeddings, sampled, target.patients, target.pixels, num_levels, _called(encoder))
+
+
+def _called(encoder: nn.Module) -> str:
+    if not isinstance(encoder, TimmEncoder):
+        return f"encoder '{type(encoder).__name__}'"
+    return f"checkpoint {encoder.source}" if encoder.source else f"encoder '{encoder.name}' at random initialisation"
 
 
 def _batch(target: Target, view: int, rows: slice, device: str, key: tuple[str, float] | None = None) -> Tensor:
@@ -169,8 +189,8 @@ def _forward(
         if "memory" in str(error):
             raise UserError(f"out of memory on {device}. Pass -device cpu, or fewer -num_slices.") from error
         raise UserError(
-            f"encoder '{name}' cannot take slices of {tuple(images.shape[2:])} pixels ({error}). "
-            "Use a convolutional encoder."
+            f"encoder '{name}' cannot take {images.dtype} slices of shape {tuple(images.shape)} ({error}). Use one that takes "
+            "these channels and any size, as convolutional encoders do."
         ) from error
     if not isinstance(maps, (list, tuple)) or not all(isinstance(m, Tensor) and m.ndim == 4 for m in maps):
         raise UserError(
@@ -198,8 +218,16 @@ def _at_pixels(maps: Tensor, pixels: Pixels, rows: slice, size: Sequence[int]) -
     return taken
 
 
+def resolved_precision(device: str, precision: str) -> str:
+    """``fp32`` or ``bf16``: what ``auto`` stands for on this device."""
+    if precision != "auto":
+        return precision
+    return "bf16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "fp32"
+
+
 def _autocast(device: str, precision: str) -> AbstractContextManager[None]:
-    kind = device.partition(":")[0]
-    wanted = precision == "bf16" or (precision == "auto" and kind == "cuda" and torch.cuda.is_bf16_supported())
-    context: AbstractContextManager[None] = torch.autocast(kind, torch.bfloat16) if wanted else nullcontext()
+    half = resolved_precision(device, precision) == "bf16"
+    context: AbstractContextManager[None] = (
+        torch.autocast(device.partition(":")[0], torch.bfloat16) if half else nullcontext()
+    )
     return context

@@ -33,6 +33,7 @@ class TimmEncoder(nn.Module):
         input_channels: As given.
         output_channels: Channels of each feature map.
         reductions: How many times smaller each feature map is than the image, per side.
+        source: Where its weights come from, or None at random initialisation.
 
     Raises:
         UserError: timm does not know the name, or the network has no pyramid of three or more levels.
@@ -42,6 +43,7 @@ class TimmEncoder(nn.Module):
         super().__init__()
         self.name = name
         self.input_channels = input_channels
+        self.source: str | None = None
         self.timm: Any = _feature_pyramid(name, input_channels)
         self.output_channels: tuple[int, ...] = tuple(self.timm.feature_info.channels())
         self.reductions: tuple[int, ...] = tuple(self.timm.feature_info.reduction())
@@ -111,6 +113,7 @@ class TimmEncoder(nn.Module):
                 "Its training diverged or the file is damaged: leave it out."
             )
         self.timm.model.load_state_dict(cast, strict=True)
+        self.source = source
         return surplus
 
     def own_part(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,6 +8,10 @@ class UserError(ValueError):
     """
 
 
+class NoScoreError(UserError):
+    """A score that does not exist on the features it was given."""
+
+
 def listed(names: list[str], limit: int = 5) -> str:
     """Names in a sentence, cut to a readable number.
 

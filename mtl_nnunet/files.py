@@ -66,7 +66,8 @@ def folder_written_atomically(folder: str | os.PathLike[str], overwrite: bool = 
     Raises:
         UserError: The folder exists and ``overwrite`` is off, or it could not be written; nothing is left behind.
     """
-    folder = Path(folder)
+    # where a link points to is replaced, not the link
+    folder = Path(folder).resolve()
     if folder.exists() and not overwrite:
         raise UserError(f"{folder} exists already. Pass --overwrite to replace it, or -o another folder.")
     temporary: Path | None = None
@@ -77,10 +78,12 @@ def folder_written_atomically(folder: str | os.PathLike[str], overwrite: bool = 
         for file in temporary.iterdir():
             with open(file, "rb") as opened:
                 os.fsync(opened.fileno())
-        # mkdtemp makes a private folder; a selection is as readable as any other result
+        # mkdtemp makes a private folder, safetensors private files; a selection is as readable as any other result
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o777 & ~umask)
+        for file in temporary.iterdir():
+            file.chmod(0o666 & ~umask)
         if folder.exists():
             old = temporary.with_suffix(".old")
             os.rename(folder, old)
@@ -89,7 +92,7 @@ def folder_written_atomically(folder: str | os.PathLike[str], overwrite: bool = 
             except OSError:
                 os.rename(old, folder)
                 raise
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
         else:
             os.rename(temporary, folder)
     except OSError as error:

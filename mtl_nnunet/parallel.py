@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from mtl_nnunet.errors import UserError
 
@@ -38,6 +39,23 @@ def workers(num_processes: int = 1, backend: str = "loky", address: str | None =
             yield
     else:
         yield
+
+
+def in_parallel(jobs: Iterable[Any], ordered: bool = True, num_workers: int | None = None) -> Iterator[Any]:
+    """Results of ``joblib.delayed`` jobs as they come, on the workers that are set.
+
+    Args:
+        jobs: What to run.
+        ordered: In the order of the jobs, or as they are done.
+        num_workers: None for as many as are set.
+    """
+    from joblib import Parallel
+    from joblib.parallel import get_active_backend
+
+    kind = "generator" if ordered else "generator_unordered"
+    # Ray's backend gives all results at the end
+    return_as = kind if get_active_backend()[0].supports_return_generator else "list"
+    yield from Parallel(n_jobs=num_workers, return_as=return_as)(jobs)
 
 
 @contextmanager

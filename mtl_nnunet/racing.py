@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from joblib import Parallel, delayed
+from joblib import delayed
+from scipy import stats
 from tqdm import tqdm
 
 from mtl_nnunet.cache import Scored
@@ -16,16 +17,17 @@ from mtl_nnunet.checkpoints import Checkpoint, read_contents
 from mtl_nnunet.decision import Rule
 from mtl_nnunet.embedding import Target, embed, make_target
 from mtl_nnunet.encoder import random_encoder
-from mtl_nnunet.errors import UserError
+from mtl_nnunet.errors import NoScoreError, UserError
+from mtl_nnunet.parallel import in_parallel
 from mtl_nnunet.pixels import Pixels
 from mtl_nnunet.ranking import RankedCheckpoint, Ranking, evaluate, interval, last_epoch, ranking_of
 from mtl_nnunet.scores import Features, Score
 from mtl_nnunet.slices import Slices
 
 SHARES = (0.125, 0.25, 0.5, 1.0)
-FEWEST_PATIENTS = 6
-# of a checkpoint being as good as the leader; small, since what is out never comes back
-RISK = 0.002
+FEWEST_PATIENTS = 8
+# of a checkpoint as good as the leader going out in a round; small, since what is out never comes back
+RISK = 0.001
 
 
 def race_checkpoints(
@@ -39,8 +41,9 @@ def race_checkpoints(
 ) -> tuple[Ranking, float]:
     """Score checkpoints on an eighth, a quarter, a half and all of the patients, dropping those that are clearly worse.
 
-    After each round a checkpoint is out when it was as good as the leader in less than 0.2 % of the paired bootstrap
-    draws over the patients seen. Those that stay to the end get exactly the score that ``rank_checkpoints`` gives them.
+    After each round a checkpoint is out when a paired t test over the patients seen, with the bootstrap's standard error,
+    puts it behind the leader at a level of 0.1 %. A round on whose patients the score does not exist puts nobody out.
+    Those that stay to the end get exactly the score that ``rank_checkpoints`` gives them.
 
     Args:
         checkpoints: What to choose from.
@@ -79,18 +82,25 @@ def race_checkpoints(
             delayed(_embed_candidate)(candidates[i], encoder, part, score, seed, device, precision) for i in running
         )
         with tqdm(total=len(running), desc=f"Racing on {end} patients", unit="checkpoint", file=sys.stderr) as bar:
-            for i, features in zip(running, Parallel(return_as="generator")(jobs), strict=True):
+            for i, features in zip(running, in_parallel(jobs), strict=True):
                 seen[i].append(features)
                 bar.update()
         forwards += len(rows) * len(running)
         whole = _part(target, np.sort(np.concatenate(parts)), renumbered=True)
-        for i in running:
-            (results[i],) = evaluate(_joined(seen[i], parts, whole), [score], seed)
         start = end
+        try:
+            for i in running:
+                (results[i],) = evaluate(_joined(seen[i], parts, whole), [score], seed)
+        except NoScoreError:
+            if end == ends[-1]:
+                raise
+            continue
         in_play = [i for i in running if candidates[i] is not None]
         if end < ends[-1]:
             stay = survivors(
-                [sign * results[i].value for i in in_play], np.stack([sign * results[i].sample for i in in_play])
+                [sign * results[i].value for i in in_play],
+                np.stack([sign * results[i].sample for i in in_play]),
+                end,
             )
             for i in (in_play[k] for k in range(len(in_play)) if k not in stay):
                 out[i] = (results[i], end)
@@ -103,10 +113,11 @@ def race_checkpoints(
         [*(candidates[i] for i in kept), None],
         [*(results[i] for i in kept), results[len(checkpoints)]],
         Rule(),
+        target.num_patients,
     )
     by_index = dict(zip(kept, ranking.checkpoints, strict=True))
     for i, (scored, patients) in out.items():
-        low, high = interval(scored.sample)
+        low, high = interval(scored.value, scored.sample, patients)
         by_index[i] = RankedCheckpoint(
             candidates[i], scored.value, low, high, 0.0, undecided=False, levels=scored.levels, out_after=patients
         )
@@ -126,19 +137,27 @@ def race_checkpoints(
     ), forwards / (len(candidates) * len(target.patients))
 
 
-def survivors(values: Sequence[float], samples: np.ndarray) -> list[int]:
-    """Who stays in: the leader, and all that were as good as it in a share of the draws above the risk.
+def survivors(values: Sequence[float], samples: np.ndarray, num_patients: int) -> list[int]:
+    """Who stays in: the leader, and all that are not behind it by more than its standard error times Student's t.
 
     Args:
         values: Score of each on the patients seen, higher is better, shape (K,).
-        samples: Scores on resampled patients, shape (K, B), every draw the same for all.
+        samples: Scores on resampled patients, shape (K, B), every draw the same for all; NaN where there is none.
+        num_patients: How many patients were seen, P; a bootstrap's standard error is too small by sqrt((P - 1) / P).
 
     Example:
-        >>> survivors([0.9, 0.5, 0.88], np.array([[0.9, 0.8], [0.5, 0.6], [0.85, 0.9]]))
+        >>> samples = np.array([[0.9, 0.8, 0.85], [0.5, 0.6, 0.55], [0.85, 0.9, 0.8]])
+        >>> survivors([0.9, 0.5, 0.88], samples, num_patients=50)
         [0, 2]
     """
     leader = int(np.argmax(values))
-    return [k for k in range(len(values)) if k == leader or np.nanmean(samples[k] >= samples[leader]) >= RISK]
+    differences = samples - samples[leader]
+    exist = ~np.isnan(differences)
+    if num_patients < 2 or exist.sum(1).min() < 2:
+        return list(range(len(values)))
+    errors = np.nanstd(differences, axis=1, ddof=1) * np.sqrt(num_patients / (num_patients - 1))
+    reach = stats.t.ppf(1 - RISK, num_patients - 1) * errors
+    return [k for k, value in enumerate(values) if value + reach[k] >= values[leader]]
 
 
 def _embed_candidate(

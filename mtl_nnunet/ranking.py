@@ -10,23 +10,29 @@ from typing import Any
 
 import numpy as np
 import torch
-from joblib import Parallel, delayed
+from joblib import delayed
+from scipy import stats
 from torch import nn
 from tqdm import tqdm
 
 from mtl_nnunet import __version__
 from mtl_nnunet.cache import ResultCache, Scored, code_sha256
 from mtl_nnunet.checkpoints import Checkpoint, read_contents
-from mtl_nnunet.decision import Rule, choose
-from mtl_nnunet.embedding import Target, digest, embed, make_target
+from mtl_nnunet.decision import Rule, choose, parse_rule
+from mtl_nnunet.embedding import Target, digest, embed, make_target, resolved_precision
 from mtl_nnunet.encoder import random_encoder
-from mtl_nnunet.errors import UserError
-from mtl_nnunet.scores import Features, Score
+from mtl_nnunet.errors import NoScoreError, UserError
+from mtl_nnunet.parallel import in_parallel
+from mtl_nnunet.scores import Features, Score, parse_scores
 from mtl_nnunet.slices import Slices
 
 BOOTSTRAP_DRAWS = 2000
 INTERVAL = (2.5, 97.5)
+# with fewer, resampling patients says nothing of other patients
+FEWEST_PATIENTS = 4
 RANDOM = "random"
+# the packages whose code decides a score
+PACKAGES = ("torch", "torchvision", "timm", "monai", "numpy", "scipy", "scikit-learn")
 
 
 @dataclass(frozen=True)
@@ -47,8 +53,8 @@ class Comparison:
 
     @property
     def is_undecided(self) -> bool:
-        """Whether the interval holds zero."""
-        return self.low <= 0 <= self.high
+        """Whether the interval holds zero, or there is none."""
+        return not (self.low > 0 or self.high < 0)
 
 
 @dataclass(frozen=True)
@@ -58,10 +64,10 @@ class RankedCheckpoint:
     Attributes:
         checkpoint: Which; None for the random initialisation.
         value: The score on all patients.
-        low: Lower end of the 95 % bootstrap interval over patients.
+        low: Lower end of the 95 % bootstrap interval over patients; NaN where patients are too few for one.
         high: Upper end.
         probability_of_best_score: Share of the bootstrap draws in which it scores best among the checkpoints; None for
-            the random initialisation, which is no candidate.
+            the random initialisation, which is no candidate, and where patients are too few.
         undecided: Whether the paired interval of its difference to the best score holds zero.
         compared: Paired comparison with the ``best`` score, the ``last`` epoch and the ``random`` initialisation; none where
             the two did not see the same patients, as in a race.
@@ -134,10 +140,10 @@ def rank_checkpoints(
     checkpoints: Sequence[Checkpoint],
     encoder: str,
     slices: Slices,
-    scores: Score | Sequence[Score],
+    scores: Score | str | Sequence[Score | str],
     seed: int = 0,
     device: str = "cpu",
-    rule: Rule | None = None,
+    rule: Rule | str = "best",
     cache: ResultCache | None = None,
     precision: str = "auto",
 ) -> tuple[Ranking, ...]:
@@ -151,10 +157,10 @@ def rank_checkpoints(
         checkpoints: What to rank.
         encoder: timm's name of their architecture.
         slices: The target; with labels where a score needs them.
-        scores: By which scores; all share one pass over the slices.
+        scores: By which scores, as ``parse_score`` reads them; all share one pass over the slices.
         seed: Seed of views, pixels, bootstrap and random initialisation.
         device: Where the encoder runs: ``cpu``, ``cuda`` or ``mps``.
-        rule: By which rule each ranking chooses; None for the best score.
+        rule: By which rule each ranking chooses, as ``parse_rule`` reads it.
         cache: Where results are looked up and kept; None for nowhere.
         precision: ``fp32``, ``bf16``, or ``auto``: bf16 on GPUs that have it.
 
@@ -164,10 +170,12 @@ def rank_checkpoints(
     Raises:
         UserError: A checkpoint that does not fit, a level that the encoder does not have, or not enough patients.
     """
-    scores = [scores] if isinstance(scores, Score) else list(scores)
-    rule = rule or Rule()
+    scores = parse_scores(scores)
+    rule = parse_rule(rule) if isinstance(rule, str) else rule
     if not checkpoints:
         raise UserError("no checkpoint to rank. Pass a run's folder or its files with -ckpt.")
+    if cache is not None:
+        cache.check()
     choose(rule, [0.0] * len(checkpoints), np.zeros((len(checkpoints), 1)), 0.0, [c.epoch for c in checkpoints])
     candidates: list[Checkpoint | None] = [*checkpoints, None]
     content = _content(slices, encoder, seed, device, precision)
@@ -197,14 +205,15 @@ def rank_checkpoints(
                         cache.keep(contents[i, score], scored)
                 bar.update()
     return tuple(
-        ranking_of(s, encoder, candidates, [results[i, s] for i in range(len(candidates))], rule) for s in scores
+        ranking_of(s, encoder, candidates, [results[i, s] for i in range(len(candidates))], rule, slices.num_patients)
+        for s in scores
     )
 
 
 def score_encoder(
     module: nn.Module,
     slices: Slices,
-    scores: Score | Sequence[Score],
+    scores: Score | str | Sequence[Score | str],
     seed: int = 0,
     device: str = "cpu",
     precision: str = "auto",
@@ -212,9 +221,10 @@ def score_encoder(
     """Score any encoder, not only timm's.
 
     Args:
-        module: Images (N, C, H, W) to a list of feature maps (N, D, h, w), shallow to deep.
+        module: Images (N, C, H, W) to a list of feature maps (N, D, h, w), shallow to deep; moved to the device, and left
+            in the modes of training and evaluation in which it came.
         slices: The target; with labels where a score needs them.
-        scores: By which scores.
+        scores: By which scores, as ``parse_score`` reads them.
         seed: Seed of views, pixels and bootstrap.
         device: Where it runs.
         precision: ``fp32``, ``bf16``, or ``auto``.
@@ -226,8 +236,13 @@ def score_encoder(
     Raises:
         UserError: The module gives no feature maps, or not the level asked for.
     """
-    scores = [scores] if isinstance(scores, Score) else list(scores)
-    return tuple(_evaluate(module, make_target(slices, scores, seed), scores, seed, device, precision))
+    scores = parse_scores(scores)
+    modes = {m: m.training for m in module.modules()}
+    try:
+        return tuple(_evaluate(module, make_target(slices, scores, seed), scores, seed, device, precision))
+    finally:
+        for m, training in modes.items():
+            m.training = training
 
 
 def bootstrap_draws(num_patients: int, num_draws: int, seed: int) -> np.ndarray:
@@ -236,10 +251,27 @@ def bootstrap_draws(num_patients: int, num_draws: int, seed: int) -> np.ndarray:
     return rng.multinomial(num_patients, np.full(num_patients, 1 / num_patients), size=num_draws).astype(np.float64)
 
 
-def interval(sample: np.ndarray) -> tuple[float, float]:
-    """The central 95 % of a bootstrap sample; draws on which the score does not exist are left out."""
+def interval(value: float, sample: np.ndarray, num_patients: int) -> tuple[float, float]:
+    """The central 95 % of a bootstrap sample, widened for few patients; NaN for fewer than four.
+
+    A bootstrap over P patients is too narrow by sqrt((P - 1) / P), and its normal-like quantiles by those of Student's t
+    with P - 1 degrees of freedom: both ends are moved away from the value by as much.
+
+    Args:
+        value: On all patients.
+        sample: On each draw, shape (B,); draws on which the score does not exist are left out.
+        num_patients: P.
+
+    Example:
+        >>> draws = np.random.default_rng(0).normal(size=100_000)
+        >>> [round(end, 1) for end in interval(0.0, draws, 1000)], [round(end, 1) for end in interval(0.0, draws, 5)]
+        ([-2.0, 2.0], [-3.1, 3.1])
+    """
+    if num_patients < FEWEST_PATIENTS or np.isnan(sample).all():
+        return float("nan"), float("nan")
     low, high = np.nanpercentile(sample, INTERVAL)
-    return float(low), float(high)
+    widened = stats.t.ppf(0.975, num_patients - 1) / stats.norm.ppf(0.975) * np.sqrt(num_patients / (num_patients - 1))
+    return float(value + widened * (low - value)), float(value + widened * (high - value))
 
 
 def _scored_in_parallel(
@@ -267,8 +299,7 @@ def _scored_in_parallel(
         for g, group in enumerate(groups)
         if group
     )
-    parallel = Parallel(return_as="generator_unordered", **({"n_jobs": len(devices)} if several else {}))
-    for group_results in parallel(jobs):
+    for group_results in in_parallel(jobs, ordered=False, num_workers=len(devices) if several else None):
         yield from group_results
 
 
@@ -300,7 +331,8 @@ def evaluate(features: Features, scores: Sequence[Score], seed: int) -> list[Sco
     """The scores of one encoder's features, on all patients and on each bootstrap draw.
 
     Raises:
-        UserError: A score that does not exist on these features.
+        NoScoreError: A score that does not exist on these features.
+        UserError: Features that are all the same, or not finite.
     """
     num_patients = int(features.patients.max()) + 1
     draws = bootstrap_draws(num_patients, BOOTSTRAP_DRAWS, seed)
@@ -309,8 +341,8 @@ def evaluate(features: Features, scores: Sequence[Score], seed: int) -> list[Sco
         statistic, levels = score.statistic(features)
         value = float(statistic(np.ones((1, num_patients)))[0])
         if not np.isfinite(value):
-            raise UserError(
-                f"score '{score.name}' is {value} for encoder '{features.encoder}': its features are degenerate on these "
+            raise NoScoreError(
+                f"score '{score.name}' is {value} for {features.encoder}: its features are degenerate on these "
                 "slices. Choose another score or level."
             )
         found.append(Scored(value, statistic(draws), levels))
@@ -326,9 +358,9 @@ def _content(
         "seed": seed,
         "draws": BOOTSTRAP_DRAWS,
         "device": device,
-        "precision": precision,
+        "precision": resolved_precision(device, precision),
         "code": code_sha256(),
-        "versions": [__version__, *(importlib.metadata.version(p) for p in ("torch", "timm", "monai", "numpy"))],
+        "versions": [__version__, *(importlib.metadata.version(p) for p in PACKAGES)],
     }
 
     def of(checkpoint: Checkpoint | None, score: Score) -> dict[str, Any]:
@@ -343,7 +375,12 @@ def _content(
 
 
 def ranking_of(
-    score: Score, encoder: str, candidates: Sequence[Checkpoint | None], results: Sequence[Scored], rule: Rule
+    score: Score,
+    encoder: str,
+    candidates: Sequence[Checkpoint | None],
+    results: Sequence[Scored],
+    rule: Rule,
+    num_patients: int,
 ) -> Ranking:
     """The ranking of candidates by results of the same bootstrap draws, the random initialisation last of both."""
     # from here to the choice, higher is better
@@ -357,9 +394,9 @@ def ranking_of(
     yardsticks = {"best": best, "last": last_epoch(candidates), RANDOM: len(results) - 1}
     ranked = []
     for i, (checkpoint, result) in enumerate(zip(candidates, results, strict=True)):
-        low, high = interval(result.sample)
+        low, high = interval(result.value, result.sample, num_patients)
         compared = {
-            name: compare(values[i], samples[i], values[other], samples[other])
+            name: compare(values[i], samples[i], values[other], samples[other], num_patients)
             for name, other in yardsticks.items()
             if other not in (None, i)
         }
@@ -369,7 +406,9 @@ def ranking_of(
                 value=result.value,
                 low=low,
                 high=high,
-                probability_of_best_score=float(wins[i]) if checkpoint is not None else None,
+                probability_of_best_score=float(wins[i])
+                if checkpoint is not None and num_patients >= FEWEST_PATIENTS
+                else None,
                 undecided=i == best or compared["best"].is_undecided,
                 compared=compared,
                 levels=result.levels,
@@ -380,7 +419,9 @@ def ranking_of(
     )
 
 
-def compare(value: float, sample: np.ndarray, other_value: float, other_sample: np.ndarray) -> Comparison:
+def compare(
+    value: float, sample: np.ndarray, other_value: float, other_sample: np.ndarray, num_patients: int
+) -> Comparison:
     """One checkpoint against another on the same draws.
 
     Args:
@@ -388,15 +429,17 @@ def compare(value: float, sample: np.ndarray, other_value: float, other_sample: 
         sample: Its score on each draw, shape (B,).
         other_value: The other's score.
         other_sample: The other's score on the same draws, shape (B,).
+        num_patients: Of how many patients the draws are.
 
     Example:
-        >>> compare(0.8, np.array([0.7, 0.8, 0.9]), 0.7, np.array([0.7, 0.7, 0.7]))
-        Comparison(gain=0.10000000000000009, low=0.005000000000000009, high=0.1950000000000001, probability=0.8333333333333334)
+        >>> compared = compare(0.75, np.array([0.5, 0.75, 1.0]), 0.5, np.array([0.5, 0.5, 0.5]), num_patients=1000)
+        >>> compared.gain, round(compared.low, 2), round(compared.high, 2), round(compared.probability, 2)
+        (0.25, 0.01, 0.49, 0.83)
     """
     differences = sample - other_sample
     existing = differences[~np.isnan(differences)]
-    probability = float(((existing > 0) + 0.5 * (existing == 0)).mean())
-    return Comparison(value - other_value, *interval(differences), probability)
+    probability = float(((existing > 0) + 0.5 * (existing == 0)).mean()) if len(existing) else float("nan")
+    return Comparison(value - other_value, *interval(value - other_value, differences, num_patients), probability)
 
 
 def last_epoch(checkpoints: Sequence[Checkpoint | None]) -> int | None:
@@ -407,6 +450,8 @@ def last_epoch(checkpoints: Sequence[Checkpoint | None]) -> int | None:
 
 def _share_of_wins(samples: np.ndarray) -> np.ndarray:
     samples = samples[:, ~np.isnan(samples).any(0)]
+    if not samples.shape[1]:
+        return np.full(len(samples), np.nan)
     winners = samples == samples.max(0)
     shares: np.ndarray = (winners / winners.sum(0)).mean(1)
     return shares

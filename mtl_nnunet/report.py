@@ -6,10 +6,14 @@ import csv
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mtl_nnunet.ranking import RankedCheckpoint, Ranking
+from mtl_nnunet.ranking import FEWEST_PATIENTS, RankedCheckpoint, Ranking
+
+if TYPE_CHECKING:
+    from mtl_nnunet.select import Outcome
 
 FEW_PATIENTS = 10
 
@@ -18,7 +22,7 @@ def ranking_table(rankings: Sequence[Ranking]) -> str:
     """The rankings as CSV, one row a checkpoint and score, the random initialisation last of each score."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    names = "name,epoch,file,score,low,high,probability_of_best_score,undecided,chosen,last,logged_accuracy"
+    names = "name,parameters,epoch,file,score,low,high,probability_of_best_score,undecided,chosen,last,out_after,logged_accuracy"
     writer.writerow(names.split(","))
     for ranking in rankings:
         for row in (*ranking.checkpoints, ranking.random):
@@ -26,6 +30,7 @@ def ranking_table(rankings: Sequence[Ranking]) -> str:
             writer.writerow(
                 [
                     ranking.score.name,
+                    ranking.score.text.partition(":")[2],
                     checkpoint.epoch if checkpoint else None,
                     checkpoint.path.name if checkpoint else row.label,
                     row.value,
@@ -35,6 +40,7 @@ def ranking_table(rankings: Sequence[Ranking]) -> str:
                     row.undecided,
                     row is ranking.chosen,
                     row is ranking.last,
+                    row.out_after,
                     checkpoint.logged_accuracy if checkpoint else None,
                 ]
             )
@@ -44,7 +50,8 @@ def ranking_table(rankings: Sequence[Ranking]) -> str:
 def ranking_text(ranking: Ranking) -> str:
     """The ranking as a table for a terminal, best score first, the yardsticks marked."""
     direction = "higher" if ranking.score.higher_is_better else "lower"
-    lines = [f"{'epoch':>8}  {'score':>8}  {'95 % interval':>18}  {'P(best score)':>13}  {'ImageNet top-1':>14}"]
+    width = max(8, *(len(r.label) for r in ranking.checkpoints))
+    lines = [f"{'epoch':>{width}}  {'score':>8}  {'95 % interval':>18}  {'P(best score)':>13}  {'ImageNet top-1':>14}"]
     rows: list[RankedCheckpoint] = sorted(
         (*ranking.checkpoints, ranking.random), key=lambda r: r.value, reverse=ranking.score.higher_is_better
     )
@@ -55,6 +62,7 @@ def ranking_text(ranking: Ranking) -> str:
             note
             for note, applies in (
                 ("<- chosen", row is ranking.chosen),
+                ("best score", row is ranking.checkpoints[ranking.best] and row is not ranking.chosen),
                 ("last epoch", row is ranking.last),
                 ("undecided", row.undecided and row.checkpoint is not None and row is not ranking.chosen),
                 (f"out after {row.out_after} patients", row.out_after is not None),
@@ -63,21 +71,25 @@ def ranking_text(ranking: Ranking) -> str:
             if applies
         ]
         lines.append(
-            f"{row.label:>8}  {row.value:8.4f}  [{row.low:7.4f}, {row.high:7.4f}]  {probability:>13}  "
+            f"{row.label:>{width}}  {row.value:8.4f}  [{row.low:7.4f}, {row.high:7.4f}]  {probability:>13}  "
             f"{'' if accuracy is None else f'{accuracy:.2f} %':>14}  {', '.join(notes)}".rstrip()
         )
     lines.append(
-        f"score '{ranking.score.name}': {direction} is better; intervals by bootstrap over patients; rule: {ranking.rule.text}."
+        f"score {ranking.score.text}: {direction} is better; intervals by bootstrap over patients; rule: {ranking.rule.text}."
     )
     return "\n".join(lines)
 
 
 def others_text(rankings: Sequence[Ranking]) -> str:
     """One line a score that was computed beside the choosing one: what it would have chosen."""
-    lines = [f"{'beside it':>12}  {'would choose':>12}  {'score':>9}  {'random':>9}  undecided"]
-    for ranking in rankings:
+    names = [r.score.name for r in rankings]
+    # parameters tell apart what has one name
+    called = [r.score.text if names.count(r.score.name) > 1 else r.score.name for r in rankings]
+    width = max(12, *map(len, called))
+    lines = [f"{'beside it':>{width}}  {'would choose':>12}  {'score':>9}  {'random':>9}  undecided"]
+    for name, ranking in zip(called, rankings, strict=True):
         lines.append(
-            f"{ranking.score.name:>12}  {ranking.chosen.label:>12}  {ranking.chosen.value:9.4f}  {ranking.random.value:9.4f}  "
+            f"{name:>{width}}  {ranking.chosen.label:>12}  {ranking.chosen.value:9.4f}  {ranking.random.value:9.4f}  "
             f"{', '.join(c.label for c in ranking.undecided)}"
         )
     return "\n".join(lines)
@@ -87,7 +99,7 @@ def comparison_text(ranking: Ranking) -> str:
     """The chosen checkpoint beside the baselines, paired over patients: last epoch and random initialisation."""
     lines = []
     for name, words in (("last", "the last epoch"), ("random", "random initialisation")):
-        if (c := ranking.chosen.compared.get(name)) is not None:
+        if (c := ranking.chosen.compared.get(name)) is not None and not np.isnan(c.low):
             lines.append(
                 f"chosen against {words}: {c.gain:+.4f} [{c.low:+.4f}, {c.high:+.4f}], scores better on {c.probability:.0%} of the draws"
             )
@@ -122,12 +134,44 @@ def warnings_in_words(ranking: Ranking, num_patients: int) -> list[str]:
             f"The chosen checkpoint ({chosen.label}) scores no better than the random initialisation, though epoch "
             f"{best.label} does. {from_scratch}"
         )
-    if ranking.rule.name == "non-inferior" and chosen is ranking.last:
+    if len(ranking.checkpoints) == 1:
+        warnings.append("There is one checkpoint, so nothing was chosen: its score stands beside random weights only.")
+    elif ranking.rule.name == "non-inferior" and chosen is ranking.last:
         warnings.append(
             "No earlier checkpoint is known to be good enough by the non-inferiority rule: the last one is taken."
         )
-    if num_patients < FEW_PATIENTS:
-        warnings.append(f"Only {num_patients} patients were read: intervals from so few are too narrow.")
+    if num_patients < FEWEST_PATIENTS:
+        warnings.append(f"Only {num_patients} patients were read, too few for an interval: read more of them.")
+    elif num_patients < FEW_PATIENTS:
+        warnings.append(
+            f"Only {num_patients} patients were read: intervals from so few are rough, and P(best score) is too sure of itself."
+        )
+    return warnings
+
+
+def labels_in_words(outcome: Outcome, can_keep_out: bool) -> list[str]:
+    """What a user should know of the labels that were looked at.
+
+    Args:
+        outcome: What was found.
+        can_keep_out: Whether the labels of a fold's validation cases could have been kept out.
+    """
+    if outcome.fold is None:
+        return []
+    warnings = []
+    labels = outcome.slices.labels
+    assert labels is not None
+    segmented = outcome.slices.patients[(labels > 0).flatten(1).any(1).numpy()]
+    if (owners := len(set(segmented.tolist()))) < FEW_PATIENTS:
+        warnings.append(
+            f"Only {owners} patients have foreground on their slices: scores with labels rest on these few."
+        )
+    if outcome.fold == "all":
+        advice = " Pass -f 0 to -f 4 to keep a fold's validation cases out." if can_keep_out else ""
+        warnings.append(
+            "Labels of validation cases were seen: cases were taken from all, those of every fold's validation too, so Dice "
+            f"on them is a little too good.{advice}"
+        )
     return warnings
 
 
@@ -164,7 +208,8 @@ def draw_ranking(ranking: Ranking, dataset: str, path: Path) -> None:
         label=f"chosen: {'epoch ' if dated else ''}{rows[best].label}",
     )
     axes.axhline(ranking.random.value, color="#666666", linestyle="--", label="random initialisation")
-    axes.axhspan(ranking.random.low, ranking.random.high, color="#666666", alpha=0.12, linewidth=0)
+    if not np.isnan(ranking.random.low):
+        axes.axhspan(ranking.random.low, ranking.random.high, color="#666666", alpha=0.12, linewidth=0)
     axes.set_ylabel(f"{ranking.score.name} ({'higher' if ranking.score.higher_is_better else 'lower'} is better)")
     axes.set_title(f"{ranking.encoder} on {dataset}")
     if dated:

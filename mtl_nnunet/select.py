@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +13,10 @@ from mtl_nnunet.cache import ResultCache
 from mtl_nnunet.cases import Dataset, find_image_folder, find_nnunet_dataset, without_validation_cases
 from mtl_nnunet.checkpoints import Checkpoint, find_checkpoints
 from mtl_nnunet.decision import Rule, parse_rule
-from mtl_nnunet.errors import UserError
+from mtl_nnunet.errors import UserError, listed
 from mtl_nnunet.racing import race_checkpoints
 from mtl_nnunet.ranking import Ranking, rank_checkpoints
-from mtl_nnunet.scores import Score, parse_score
+from mtl_nnunet.scores import LABELLED, Score, parse_scores
 from mtl_nnunet.selection import DEFAULT_FOLDER, refuse_foreign_folder, write_selection
 from mtl_nnunet.slices import Slices, gather_slices
 
@@ -50,7 +51,7 @@ class Outcome:
 
 def select_checkpoint(
     dataset: Dataset | int | str | Path,
-    checkpoints: Sequence[Checkpoint] | str | Path,
+    checkpoints: Sequence[Checkpoint | str | Path] | str | Path,
     scores: Sequence[Score | str] | Score | str = "contrastive",
     *,
     encoder: str | None = None,
@@ -72,7 +73,7 @@ def select_checkpoint(
 
     Args:
         dataset: Number or name of an nnU-Net dataset, path of an image folder or datalist, or a ``Dataset``.
-        checkpoints: Folder of a pretraining run, or what ``find_checkpoints`` found.
+        checkpoints: Folder of a pretraining run, its files, or what ``find_checkpoints`` found.
         scores: By which scores; the first chooses.
         encoder: timm's name of the architecture, where the checkpoints do not say.
         output: Folder to write; None writes nothing.
@@ -92,38 +93,39 @@ def select_checkpoint(
     Raises:
         UserError: What is wrong and what to do about it; nothing was written.
     """
-    named = [scores] if isinstance(scores, (Score, str)) else scores
-    chosen_scores = [parse_score(s) if isinstance(s, str) else s for s in named]
+    chosen_scores = parse_scores(scores)
     rule = parse_rule(rule) if isinstance(rule, str) else rule
-    if len({s.text for s in chosen_scores}) < len(chosen_scores):
-        raise UserError("the same score is named twice. Name each once, or change a parameter.")
+    fold = _parsed_fold(fold)
+    for name, number, least in (("num_slices", num_slices, 2), ("num_cases", num_cases, 2), ("seed", seed, 0)):
+        if not least <= number < 2**32:
+            raise UserError(f"{name} is {number}; it must be at least {least}.")
     if race and (len(chosen_scores) > 1 or rule.name != "best"):
         raise UserError("a race goes with one score and rule best: what is out early has no score on all patients.")
     labelled = any(score.labels for score in chosen_scores)
     if fold is not None and not labelled:
         raise UserError(
-            "-f keeps labels of validation cases out, and no score here uses labels. Add -labels, or leave -f out."
+            "-f keeps labels of validation cases out, and no score here uses labels. Choose a score that does "
+            f"({listed(LABELLED, len(LABELLED))}), or leave -f out."
         )
     fold = "all" if labelled and fold is None else fold
-    dataset = _found(dataset)
+    dataset = _found(dataset, skip_bad_cases)
     if isinstance(fold, int):
         dataset = _training_cases(dataset, fold)
     if output is not None:
         refuse_foreign_folder(output, overwrite)
-    if isinstance(checkpoints, (str, Path)):
-        checkpoints = find_checkpoints([checkpoints])
-    encoder = encoder or next((c.architecture for c in checkpoints if c.architecture), None)
+    found = _found_checkpoints(checkpoints)
+    encoder = encoder or next((c.architecture for c in found if c.architecture), None)
     if encoder is None:
         raise UserError(
-            f"checkpoint {checkpoints[0].path} does not say which network it is of. Pass timm's name of it: -encoder NAME."
+            f"checkpoint {found[0].path} does not say which network it is of. Pass timm's name of it: -encoder NAME."
         )
     slices = gather_slices(dataset, num_slices, num_cases, seed, with_labels=labelled, skip_bad_cases=skip_bad_cases)
     forwards = 1.0
     if race:
-        raced, forwards = race_checkpoints(checkpoints, encoder, slices, chosen_scores[0], seed, device, precision)
+        raced, forwards = race_checkpoints(found, encoder, slices, chosen_scores[0], seed, device, precision)
         rankings: tuple[Ranking, ...] = (raced,)
     else:
-        rankings = rank_checkpoints(checkpoints, encoder, slices, chosen_scores, seed, device, rule, cache, precision)
+        rankings = rank_checkpoints(found, encoder, slices, chosen_scores, seed, device, rule, cache, precision)
     content = None
     if output is not None:
         content = write_selection(output, rankings, dataset, slices, seed, command, overwrite, fold)
@@ -145,12 +147,32 @@ def default_output(dataset_name: str, fold: int | str | None = None) -> Path:
     return Path(preprocessed) / dataset_name / name
 
 
-def _found(dataset: Dataset | int | str | Path) -> Dataset:
+def _found(dataset: Dataset | int | str | Path, skip_bad_cases: bool) -> Dataset:
     if isinstance(dataset, Dataset):
         return dataset
     if isinstance(dataset, Path) or (isinstance(dataset, str) and os.sep in dataset):
         return find_image_folder(dataset)
-    return find_nnunet_dataset(dataset)
+    return find_nnunet_dataset(dataset, skip_bad_cases)
+
+
+def _parsed_fold(fold: Any) -> int | str | None:
+    if fold is None or fold == "all":
+        return fold if fold is None else "all"
+    try:
+        return int(fold) if isinstance(fold, str) else operator.index(fold)
+    except (TypeError, ValueError):
+        raise UserError(f"fold is {fold!r}; it must be a number from 0, 'all' or None.") from None
+
+
+def _found_checkpoints(checkpoints: Sequence[Checkpoint | str | Path] | str | Path) -> list[Checkpoint]:
+    named = [checkpoints] if isinstance(checkpoints, (str, Path)) else list(checkpoints)
+    found = [c for c in named if isinstance(c, Checkpoint)]
+    paths = [c for c in named if not isinstance(c, Checkpoint)]
+    if paths and found:
+        raise UserError("checkpoints are given both as found and as paths. Pass one kind.")
+    if not named:
+        raise UserError("no checkpoint is given. Pass a run's folder, its files, or what find_checkpoints found.")
+    return found or find_checkpoints(paths)
 
 
 def _training_cases(dataset: Dataset, fold: int) -> Dataset:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -18,7 +20,7 @@ from mtl_nnunet import __version__
 from mtl_nnunet.cases import Dataset
 from mtl_nnunet.checkpoints import read_contents
 from mtl_nnunet.encoder import TimmEncoder
-from mtl_nnunet.errors import UserError
+from mtl_nnunet.errors import UserError, listed
 from mtl_nnunet.files import folder_written_atomically, sha256, to_json, write_text
 from mtl_nnunet.ranking import INTERVAL, RankedCheckpoint, Ranking
 from mtl_nnunet.scores import Score
@@ -27,6 +29,8 @@ from mtl_nnunet.slices import Slices
 SCHEMA_VERSION = 1
 SELECTION_FILE = "selection.json"
 ENCODER_FILE = "encoder.safetensors"
+TABLE_FILE, FIGURE_FILE = "ranking.csv", "ranking.png"
+FILES = (SELECTION_FILE, ENCODER_FILE, TABLE_FILE, FIGURE_FILE)
 DEFAULT_FOLDER = "mtl_selection"
 PACKAGES = ("torch", "timm", "monai", "nnunetv2", "numpy", "scipy", "SimpleITK")
 
@@ -117,8 +121,8 @@ def write_selection(
         }
         content = _content(rankings, dataset, slices, seed, command, encoder, fold)
         write_text(temporary / SELECTION_FILE, to_json(content))
-        write_text(temporary / "ranking.csv", ranking_table(rankings))
-        draw_ranking(rankings[0], dataset.name, temporary / "ranking.png")
+        write_text(temporary / TABLE_FILE, ranking_table(rankings))
+        draw_ranking(rankings[0], dataset.name, temporary / FIGURE_FILE)
     return content
 
 
@@ -184,13 +188,22 @@ def refuse_foreign_folder(folder: str | Path, overwrite: bool) -> None:
     Raises:
         UserError: It exists and ``overwrite`` is off, or it holds something that is not a selection.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     if folder.exists() and not overwrite:
         raise UserError(f"{folder} exists already. Pass --overwrite to replace it, or -o another folder.")
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / SELECTION_FILE).is_file())):
         raise UserError(
             f"{folder} is not a selection, so it is not overwritten. Pass -o a folder that does not exist yet."
         )
+    if folder.exists() and (others := sorted(f.name for f in folder.iterdir() if f.name not in FILES)):
+        raise UserError(
+            f"{folder} holds other files than a selection's ({listed(others)}), so it is not overwritten. Move them away."
+        )
+    there = next(parent for parent in folder.parents if parent.exists())
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror} ({there}). Choose another place.") from error
 
 
 def _write_encoder(path: Path, ranking: Ranking) -> list[str]:
@@ -289,10 +302,10 @@ def _entry(ranked: RankedCheckpoint) -> dict[str, Any]:
 
 
 def _measured(ranked: RankedCheckpoint) -> dict[str, Any]:
-    measured = {
+    measured: dict[str, Any] = {
         "value": ranked.value,
-        "low": ranked.low,
-        "high": ranked.high,
+        "low": _number(ranked.low),
+        "high": _number(ranked.high),
         "levels": {str(level): value for level, value in ranked.levels.items()},
     }
     if ranked.checkpoint is not None:
@@ -301,12 +314,17 @@ def _measured(ranked: RankedCheckpoint) -> dict[str, Any]:
             "undecided": ranked.undecided,
         }
     measured["compared_with"] = {
-        name: {"gain": c.gain, "low": c.low, "high": c.high, "probability": c.probability}
+        name: {"gain": c.gain, "low": _number(c.low), "high": _number(c.high), "probability": _number(c.probability)}
         for name, c in ranked.compared.items()
     }
     if ranked.out_after is not None:
         measured["out_after_patients"] = ranked.out_after
     return measured
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN; what does not exist is null."""
+    return None if math.isnan(value) else value
 
 
 def _described(score: Score) -> dict[str, Any]:

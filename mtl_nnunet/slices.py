@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from joblib import Parallel, delayed
 from torch import Tensor
 from tqdm import tqdm
 
-from mtl_nnunet.cases import Case, Dataset, read_case, sampled_cases
+from mtl_nnunet.cases import SKIPPED_SHARE, Case, Dataset, read_case, sampled_cases
 from mtl_nnunet.errors import UserError, listed
 
 # a slice whose intensities vary less than this share of its volume's is empty: nothing in it to embed
@@ -29,7 +29,6 @@ MIN_SIDE, MAX_SIDE, SIDE_MULTIPLE = 64, 512, 32
 # HU; without labels, the CT statistics are those of everything denser than air and lung
 BODY_THRESHOLD = -500.0
 FOREGROUND_SAMPLES = 10_000_000
-SKIPPED_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -130,34 +129,43 @@ def gather_slices(
     workers = num_workers or min(8, os.cpu_count() or 1)
     if with_labels:
         _refuse_unlabelled(cases, dataset)
-    extract_one = _extract_or_reason if skip_bad_cases else _extract
-    jobs = [
-        delayed(extract_one)(case, dataset, quota, seed, None, with_labels)
-        for case, quota in zip(cases, quotas, strict=True)
-    ]
+    # every thread comes to its own end: one that is left inside a reader when Python exits takes the process down
+    stopped = threading.Event()
+
+    def extract_or_reason(case: Case, quota: int, axis: int | None = None) -> _Extract | str | None:
+        if stopped.is_set():
+            return None
+        try:
+            return _extract(case, dataset, quota, seed, axis, with_labels)
+        except UserError as error:
+            if not skip_bad_cases:
+                stopped.set()
+            return str(error)
+
+    jobs = [delayed(extract_or_reason)(case, quota) for case, quota in zip(cases, quotas, strict=True)]
     bar = tqdm(total=len(cases), desc="Reading cases", unit="case", file=sys.stderr)
     # nnU-Net's readers print to stdout, which belongs to the result
     with bar, open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        extracts = []
-        for extract in Parallel(n_jobs=workers, backend="threading", return_as="generator")(jobs):
-            extracts.append(extract)
-            bar.update()
-        skipped = tuple((c.name, e) for c, e in zip(cases, extracts, strict=True) if isinstance(e, str))
-        if len(skipped) > SKIPPED_SHARE * len(cases):
-            raise UserError(
-                f"{len(skipped)} of {len(cases)} sampled cases cannot be used, more than {SKIPPED_SHARE:.0%}. "
-                f"The first: {skipped[0][1]}"
-            )
-        quotas = [q for q, e in zip(quotas, extracts, strict=True) if not isinstance(e, str)]
-        extracts = [e for e in extracts if not isinstance(e, str)]
-        spacings = np.array([e.spacing for e in extracts])
+        read: list[_Extract | str | None] = []
+        try:
+            for extract in Parallel(n_jobs=workers, backend="threading", return_as="generator")(jobs):
+                read.append(extract)
+                bar.update()
+        finally:
+            stopped.set()
+        _refuse_bad_cases(cases, read, skip_bad_cases)
+        spacings = np.array([e.spacing for e in read if isinstance(e, _Extract)])
         median = np.percentile(spacings, 50, 0)
         axis = int(np.argmax(median))
         # the plane is known only now: a case sliced along another axis is read again
-        extracts = [
-            e if e.axis == axis else _extract(e.case, dataset, quota, seed, axis, with_labels)
-            for e, quota in zip(extracts, quotas, strict=True)
+        stopped.clear()
+        read = [
+            extract_or_reason(e.case, quota, axis) if isinstance(e, _Extract) and e.axis != axis else e
+            for e, quota in zip(read, quotas, strict=True)
         ]
+        _refuse_bad_cases(cases, read, skip_bad_cases)
+        skipped = tuple((c.name, e) for c, e in zip(cases, read, strict=True) if isinstance(e, str))
+        extracts = [e for e in read if isinstance(e, _Extract)]
     target = [float(median[i]) for i in range(3) if i != axis]
     use_mask = bool(np.median([e.relative_size for e in extracts]) < 0.75)
     intensities = _intensity_properties(extracts, schemes)
@@ -166,7 +174,8 @@ def gather_slices(
     if thin:
         raise UserError(
             f"the slices of {len(thin)} cases are fewer than 8 pixels wide ({listed(thin)}): nnU-Net slices along the axis "
-            f"of the largest spacing, here axis {axis} of (z, y, x) at {median[axis]:g} mm. Correct the spacing in the headers."
+            f"of the largest spacing, here axis {axis} of (z, y, x) at {median[axis]:g} mm. Correct the spacing in the headers "
+            "if it is wrong, or leave these cases out."
         )
     size = _common_size(planes)
     images = torch.cat([_to_size(p, size) for p in planes])
@@ -194,8 +203,19 @@ def gather_slices(
         intensities=intensities,
         used=tuple(UsedCase(e.case.name, e.case.patient, e.sha256, len(e.taken)) for e in extracts),
         labels=labels,
-        skipped=skipped,
+        skipped=(*dataset.skipped, *skipped),
     )
+
+
+def _refuse_bad_cases(cases: Sequence[Case], read: Sequence[_Extract | str | None], skip_bad_cases: bool) -> None:
+    reasons = [e for e in read if isinstance(e, str)]
+    if reasons and not skip_bad_cases:
+        raise UserError(reasons[0])
+    if len(reasons) > SKIPPED_SHARE * len(cases):
+        raise UserError(
+            f"{len(reasons)} of {len(cases)} sampled cases cannot be used, more than {SKIPPED_SHARE:.0%}. "
+            f"The first: {reasons[0]}"
+        )
 
 
 def _quotas(num_cases: int, num_slices: int, seed: int) -> list[int]:
@@ -223,13 +243,6 @@ def _refuse_unlabelled(cases: Sequence[Case], dataset: Dataset) -> None:
         )
 
 
-def _extract_or_reason(*arguments: Any) -> _Extract | str:
-    try:
-        return _extract(*arguments)
-    except UserError as error:
-        return str(error)
-
-
 def _extract(
     case: Case, dataset: Dataset, quota: int, seed: int, axis: int | None = None, with_labels: bool = False
 ) -> _Extract:
@@ -240,7 +253,7 @@ def _extract(
     order = [0, *(i + 1 for i in _plane_first(axis))]
     label = None if image.label is None else image.label[None].transpose(order)
     voxels, mask, _ = crop_to_nonzero(image.voxels.transpose(order), label)
-    taken = _evenly(_not_empty(voxels), quota, np.random.default_rng([seed, zlib.crc32(case.name.encode())]))
+    taken = _evenly(_not_empty(voxels, case), quota, np.random.default_rng([seed, zlib.crc32(case.name.encode())]))
     # nnU-Net clips resampled values to the range of the whole volume: its extreme slices travel along
     flat = voxels.reshape(*voxels.shape[:2], -1)
     extremes = {int(s) for s in (*flat.min(2).argmin(1), *flat.max(2).argmax(1))}
@@ -273,9 +286,16 @@ def _plane_first(axis: int) -> list[int]:
     return [axis, *(i for i in range(3) if i != axis)]
 
 
-def _not_empty(voxels: np.ndarray) -> np.ndarray:
-    spread = voxels.reshape(*voxels.shape[:2], -1).std(2) / voxels.reshape(len(voxels), -1).std(1)[:, None]
-    return np.flatnonzero(spread.max(0) >= EMPTY_SHARE)
+def _not_empty(voxels: np.ndarray, case: Case) -> np.ndarray:
+    of_volume = voxels.reshape(len(voxels), -1).std(1)[:, None]
+    of_slices = voxels.reshape(*voxels.shape[:2], -1).std(2)
+    filled = np.flatnonzero(((of_slices >= EMPTY_SHARE * of_volume) & (of_volume > 0)).any(0))
+    if not len(filled):
+        raise UserError(
+            f"case {case.name}: inside its nonzero region every slice is constant, so there is nothing to embed. "
+            "Repair the image, or leave the case out."
+        )
+    return filled
 
 
 def _evenly(candidates: np.ndarray, quota: int, rng: np.random.Generator) -> tuple[int, ...]:
@@ -343,6 +363,10 @@ def _intensity_properties(extracts: Sequence[_Extract], schemes: Sequence[str]) 
             raise UserError(
                 "CT is normalised by the intensities of the labelled foreground, and no sampled case has any. "
                 "Raise -num_cases, or check the labels."
+            )
+        if values.min() == values.max():
+            raise UserError(
+                f"CT is normalised by the intensities of the labelled foreground, and they are all {values[0]:g}. Check the labels."
             )
         low, median, high = np.percentile(values, (0.5, 50.0, 99.5))
         statistics = (np.mean(values), median, np.std(values), np.min(values), np.max(values), high, low)

@@ -27,8 +27,10 @@ def make_views(images: Tensor, kind: str, num_views: int, seed: int, strength: f
         Shape (V, N, C, H, W), float32.
 
     Raises:
-        UserError: Unknown kind.
+        UserError: Unknown kind, or a strength beyond 0 to 2.
     """
+    if not 0 <= strength <= 2:
+        raise UserError(f"views of strength {strength:g} are not known: expected 0 to 2.")
     if kind not in VIEWS:
         raise UserError(f"unknown views '{kind}'. Available: {listed(sorted(VIEWS))}.")
     if kind == "plain" or strength == 0:
@@ -45,8 +47,8 @@ def plain_view(images: Tensor, seed: int, view: int, strength: float = 1.0) -> T
 def paper_view(images: Tensor, seed: int, view: int, strength: float = 1.0) -> Tensor:
     """The published jitter: brightness 10 %, contrast 5 %, saturation 10 %, hue 5 %, one factor for all slices.
 
-    The jitter is defined on images in [0, 1], so each slice is jittered on its own range and put back. On images that
-    are not RGB, hue and saturation change nothing, and each channel is jittered by the same factors.
+    The jitter is defined on images in [0, 1], so each slice is jittered on its own range and put back. Three channels are
+    taken for RGB; on others hue and saturation change nothing, and each channel is jittered by the same factors.
 
     Args:
         images: Shape (N, C, H, W).

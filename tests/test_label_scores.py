@@ -23,7 +23,6 @@ from mtl_nnunet.scores.logme import logme
 from mtl_nnunet.scores.logme import statistic as logme_statistic
 from mtl_nnunet.scores.probe import predictions, probe
 from mtl_nnunet.scores.rankme import effective_rank
-from mtl_nnunet.scores.rankme import statistic as rankme_statistic
 from mtl_nnunet.scores.structure import cluster, separability
 from mtl_nnunet.scores.structure import statistic as structure_statistic
 
@@ -125,6 +124,7 @@ def test_ccfv_is_the_papers_formula_with_matrix_square_roots() -> None:
 
     z = x.double().numpy()
     distances, inverse = [], []
+    mean_square = np.mean(((z[:, None] - z[None]) ** 2).sum(-1))
     for p in range(4):
         for q in range(p + 1, 4):
             for c in (1, 2):
@@ -133,14 +133,22 @@ def test_ccfv_is_the_papers_formula_with_matrix_square_roots() -> None:
                 assert wasserstein(torch.as_tensor(a), torch.as_tensor(b)).item() == pytest.approx(
                     distances[-1], rel=1e-6
                 )
-            inverse += [1 / np.sqrt(((u - v) ** 2).sum() + 1e-3) for u in z[patients == p] for v in z[patients == q]]
+            inverse += [
+                1 / np.sqrt(((u - v) ** 2).sum() + 1e-3 * mean_square)
+                for u in z[patients == p]
+                for v in z[patients == q]
+            ]
     expected = -np.log(np.mean(inverse)) - np.log(np.mean(distances))
     assert ccfv(x, labels, patients) == pytest.approx(expected, rel=1e-6)
 
 
 def test_ccfv_needs_no_more_samples_than_two_a_class_and_is_free_of_scale() -> None:
     x, labels, patients = pixels(each=6, d=200)
-    assert ccfv(x * 1000, labels, patients) == pytest.approx(ccfv(x * 100, labels, patients), abs=1e-4)
+    for scale in (1e-6, 1e6):
+        assert ccfv(x * scale, labels, patients) == pytest.approx(ccfv(x, labels, patients), abs=1e-6)
+    onehot = torch.eye(3)[torch.as_tensor(labels)]
+    assert np.isfinite(ccfv(onehot, labels, patients)), "classes that agree perfectly"
+    assert ccfv(onehot, labels, patients) > ccfv(x, labels, patients)
 
 
 def test_vote_is_sklearns_nearest_neighbours_of_the_other_patients() -> None:
@@ -183,11 +191,20 @@ def test_predictions_of_a_patient_do_not_see_its_labels() -> None:
 
 
 def test_dice_by_hand() -> None:
-    predicted, labels = np.array([1, 1, 0, 2, 2, 0]), np.array([1, 0, 1, 2, 0, 0])
-    statistic = dice_statistic(predicted, labels, np.array([0, 0, 0, 1, 1, 1]), np.ones(6))
-    # class 1: 2*1/(2+2); class 2: 2*1/(2+1)
-    assert statistic(everyone(2))[0] == pytest.approx((0.5 + 2 / 3) / 2)
-    assert statistic(np.array([[2, 0], [0, 2]])) == pytest.approx([0.5, 2 / 3])
+    predicted, labels = np.array([1, 1, 0, 2, 1, 2, 0, 0]), np.array([1, 0, 1, 2, 1, 2, 0, 1])
+    patients = np.array([0, 0, 0, 0, 1, 1, 1, 1])
+    statistic = dice_statistic(predicted, labels, patients)
+    # class 1: 2*2/(3+4); class 2: 2*2/(2+2)
+    assert statistic(everyone(2))[0] == pytest.approx((4 / 7 + 1) / 2)
+    assert statistic(np.array([[2, 0], [0, 2]])) == pytest.approx([(0.5 + 1) / 2, (2 / 3 + 1) / 2])
+    # a class of one patient cannot be predicted from others: it does not count
+    labels[1] = 3
+    assert dice_statistic(predicted, labels, patients)(everyone(2))[0] == pytest.approx((4 / 7 + 1) / 2)
+    labels[3] = 0
+    # of a draw without the only patients that have a class, that class is left out
+    assert dice_statistic(predicted, labels * (labels < 2), patients)(everyone(2))[0] == pytest.approx(4 / 7)
+    with pytest.raises(ValueError, match="two patients"):
+        dice_statistic(predicted, labels * (patients == 0), patients)
 
 
 def test_probes_find_what_is_there_and_nothing_where_there_is_nothing() -> None:
@@ -231,7 +248,6 @@ LINEARISED = {
         lambda x, y, p: gbc_statistic(x, y, p, 64, "diagonal"),
         lambda x, y: float(gbc(x - x.mean(0), y, "diagonal")),
     ),
-    "rankme": (lambda x, y, p: rankme_statistic(x[None], p), lambda x, y: effective_rank(x)),
     "separability": (
         lambda x, y, p: structure_statistic(x, y, p, "separability"),
         lambda x, y: separability(x, y).item(),
@@ -275,7 +291,7 @@ def test_order_of_pixels_and_names_of_patients_do_not_matter(name: str) -> None:
 def test_one_class_is_refused_by_name() -> None:
     x, labels, patients = pixels()
     for name in ("logme", "hscore", "gbc", "dse_labels"):
-        parameters = {k: v for k, v in SCORES[name].parameters.items() if k != "level"}
+        parameters = {k: v for k, v in SCORES[name].parameters.items() if k not in ("level", "pooled")}
         with pytest.raises(ValueError, match="two"):
             SCORES[name].prepare(x, labels * 0, patients, **parameters)
     assert issubclass(UserError, ValueError)

@@ -345,7 +345,7 @@ def test_a_fold_keeps_its_validation_cases_out_and_says_so(
     assert main([*few, "-labels", "-f", "2"]) == 0
     printed = capsys.readouterr()
     assert "nnUNetv2_train 1 2d 2 -tr MTLTrainer -p nnUNetPlans_mtl_fold_2" in printed.out
-    assert "Labels of all cases" not in printed.err
+    assert "Labels of validation cases" not in printed.err
     content = json.loads(
         (nnunet_folders / "preprocessed" / "Dataset001_Phantom" / "mtl_selection_fold_2" / "selection.json").read_text()
     )
@@ -353,9 +353,14 @@ def test_a_fold_keeps_its_validation_cases_out_and_says_so(
     assert content["labels"] == {"used": True, "fold": 2}
     assert not set(held_out) & {c["name"] for c in content["dataset"]["cases_used"]}
     assert main([*few, "-score", "probe"]) == 0
-    assert "Labels of all cases were looked at" in capsys.readouterr().err
-    assert main([*few, "-f", "1", "--overwrite"]) == 1
-    assert "no score here uses labels" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "Labels of validation cases were seen" in err
+    assert "Pass -f 0 to -f 4" in err
+    assert main([*few, "-score", "probe", "-f", "all", "--overwrite"]) == 0
+    assert "Labels of validation cases were seen" in capsys.readouterr().err
+    for wrong in (["-f", "1"], ["-labels", "-score", "contrastive"]):
+        assert main([*few, *wrong, "--overwrite"]) == 1
+        assert "no score here uses labels" in capsys.readouterr().err
 
 
 def test_rule_and_other_scores_are_told(

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
+import re
+import signal
 import sys
+import threading
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from mtl_nnunet.errors import UserError
 
@@ -20,8 +25,11 @@ def run(
         0, or 1 after a user's error; wrong usage exits with 2 inside ``parse_args``.
     """
     args = parser.parse_args(argv)
+    if not getattr(args, "verbose", False):
+        # for the workers, which start with no filter of their own
+        os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning,ignore::DeprecationWarning")
     try:
-        with warnings.catch_warnings():
+        with _tidy_when_terminated(), warnings.catch_warnings():
             if not getattr(args, "verbose", False):
                 # what other packages will change one day is no concern of the user's
                 warnings.simplefilter("ignore", FutureWarning)
@@ -30,7 +38,8 @@ def run(
     except UserError as error:
         if getattr(args, "verbose", False):
             traceback.print_exc()
-        print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        one_line = re.sub(r"\s*\n\s*", " ", str(error).strip())
+        print(f"{parser.prog}: {one_line}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted; nothing was written.", file=sys.stderr)
@@ -39,3 +48,25 @@ def run(
         sys.stderr.close()
         return 1
     return 0
+
+
+@contextmanager
+def _tidy_when_terminated() -> Iterator[None]:
+    """Leave through the open blocks, which remove what is half-written, when a scheduler asks the process to end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    owner = os.getpid()
+
+    def leave(*_: object) -> None:
+        if os.getpid() == owner:
+            sys.exit(128 + signal.SIGTERM)
+        # a forked worker of a pool ends as it always did
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

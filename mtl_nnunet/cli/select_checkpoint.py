@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -56,8 +57,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "-strength", type=_strength, default=1.0, metavar="X", help="strength of the views (default: 1)"
     )
-    parser.add_argument("-num_slices", type=_positive, default=256, metavar="N", help="slices at most (default: 256)")
-    parser.add_argument("-num_cases", type=_positive, default=64, metavar="N", help="cases read at most (default: 64)")
+    parser.add_argument(
+        "-num_slices", type=_two_or_more, default=256, metavar="N", help="slices at most (default: 256)"
+    )
+    parser.add_argument(
+        "-num_cases", type=_two_or_more, default=64, metavar="N", help="cases read at most (default: 64)"
+    )
     parser.add_argument("-patients", metavar="CSV", help="table case,patient; default: every case is a patient")
     parser.add_argument(
         "-channel_names",
@@ -70,7 +75,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("-device", choices=("cpu", "cuda", "mps"), help="default: cuda where there is one, else cpu")
     parser.add_argument("-precision", choices=("auto", "fp32", "bf16"), default="auto", help="default: bf16 on GPUs")
-    parser.add_argument("-np", type=_count, default=1, metavar="N", help="checkpoints scored at a time (default: 1)")
+    parser.add_argument(
+        "-np", type=_one_or_more, default=1, metavar="N", help="checkpoints scored at a time (default: 1)"
+    )
     parser.add_argument("-backend", choices=("loky", "dask", "ray"), default="loky", help="where -np workers run")
     parser.add_argument("-address", metavar="URL", help="scheduler of a Dask or Ray cluster; default: one of its own")
     parser.add_argument(
@@ -100,30 +107,38 @@ def select(args: argparse.Namespace) -> None:
     """Gather slices, rank, write and print."""
     from mtl_nnunet.cache import ResultCache, default_folder
     from mtl_nnunet.cases import find_image_folder, find_nnunet_dataset, with_patients
-    from mtl_nnunet.checkpoints import find_checkpoints
-    from mtl_nnunet.errors import UserError
+    from mtl_nnunet.errors import UserError, listed
     from mtl_nnunet.parallel import workers
-    from mtl_nnunet.report import comparison_text, others_text, ranking_text, warnings_in_words
-    from mtl_nnunet.scores import parse_score
+    from mtl_nnunet.report import comparison_text, labels_in_words, others_text, ranking_text, warnings_in_words
+    from mtl_nnunet.scores import LABELLED, parse_score
     from mtl_nnunet.select import default_output, select_checkpoint
-    from mtl_nnunet.selection import refuse_foreign_folder
 
     if args.channel_names and args.d:
         raise UserError("-channel_names goes with -i; with -d they stand in dataset.json.")
     if args.i and not args.o:
         raise UserError("-i needs -o FOLDER: there is no nnU-Net folder to write to.")
     scores = [parse_score(s, args.views, args.strength) for s in args.score or [_default_score(args)]]
+    if args.labels and not any(s.labels for s in scores):
+        raise UserError(
+            f"-labels is given, and no score here uses labels. Choose one of {listed(LABELLED, len(LABELLED))}."
+        )
+    if (args.views or args.strength != 1) and all(s.views == "plain" for s in scores):
+        raise UserError(
+            "-views and -strength go with scores that compare views, and none is named here. Leave them out."
+        )
+    if args.address and args.backend == "loky":
+        raise UserError("-address goes with -backend dask or ray.")
     device = _device(args.device)
-    dataset = find_nnunet_dataset(args.d) if args.d else find_image_folder(args.i, args.channel_names)
+    dataset = (
+        find_nnunet_dataset(args.d, args.skip_bad_cases) if args.d else find_image_folder(args.i, args.channel_names)
+    )
     if args.patients:
         dataset = with_patients(dataset, args.patients)
     folder = args.o or str(default_output(dataset.name, args.f))
-    # before the checkpoints are read, which can take minutes
-    refuse_foreign_folder(folder, args.overwrite)
     with workers(args.np, args.backend, args.address):
         outcome = select_checkpoint(
             dataset,
-            find_checkpoints(args.ckpt),
+            args.ckpt,
             scores,
             encoder=args.encoder,
             output=folder,
@@ -142,12 +157,11 @@ def select(args: argparse.Namespace) -> None:
         )
     ranking, slices = outcome.ranking, outcome.slices
     warnings = warnings_in_words(ranking, slices.num_patients)
+    warnings += labels_in_words(outcome, can_keep_out=bool(args.d) and len(dataset.cases) >= 5)
     warnings += [f"Case {name} was skipped: {reason}" for name, reason in slices.skipped]
-    if outcome.fold == "all":
-        warnings.append(
-            "Labels of all cases were looked at, those of every fold's validation cases too: Dice on them is a little too "
-            "good. Pass -f 0 to -f 4 to keep a fold's validation cases out."
-        )
+    table = os.path.join(os.environ.get("nnUNet_raw", ""), dataset.name, "patients.csv")
+    if args.d and not args.patients and os.path.isfile(table):
+        warnings.append(f"Every case counted as a patient of its own, though {table} is there. Pass it with -patients.")
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if args.race:
@@ -239,38 +253,37 @@ def _command(args: argparse.Namespace, device: str) -> list[str]:
     return [shlex.quote(str(w)) for w in (*words, "-device", device)]
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 2:
-        raise argparse.ArgumentTypeError(f"{text} is too few, at least 2 are needed")
+def _whole(text: str, least: int, most: int = 2**32 - 1) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number") from None
+    if not least <= value <= most:
+        raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most}")
     return value
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is too few, at least 1 is needed")
-    return value
+def _two_or_more(text: str) -> int:
+    return _whole(text, 2)
 
 
-def _strength(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 2:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 2")
-    return value
-
-
-def _fold(text: str) -> int | str:
-    if text == "all":
-        return text
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is no fold")
-    return value
+def _one_or_more(text: str) -> int:
+    return _whole(text, 1)
 
 
 def _seed(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**32:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2^32 - 1")
+    return _whole(text, 0)
+
+
+def _fold(text: str) -> int | str:
+    return text if text == "all" else _whole(text, 0)
+
+
+def _strength(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is no number") from None
+    if not 0 < value <= 2:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 2")
     return value

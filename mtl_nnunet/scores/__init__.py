@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtl_nnunet.errors import UserError, listed
+from mtl_nnunet.errors import NoScoreError, UserError, listed
 from mtl_nnunet.scores import (
     alignment,
     ccfv,
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from mtl_nnunet.pixels import Pixels
 
 ALL = "all"
+COLLAPSED = 1e-6
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Features:
         patients: Patient of each slice, shape (N,).
         pixels: The pixels, drawn with labels or without.
         num_levels: How many feature maps the encoder has.
-        encoder: Its name.
+        encoder: What to call it in a message.
     """
 
     embeddings: Mapping[tuple[tuple[str, float], int, bool], Tensor]
@@ -128,17 +129,17 @@ class Score:
         """The score as a function of how often each patient was drawn, and its value at each level that it reads.
 
         Raises:
-            UserError: The features are not such that the score exists.
+            NoScoreError: The features are not such that the score exists.
         """
         levels = self.resolved_levels(features.num_levels, features.encoder)
         everyone = np.ones((1, int(features.patients.max()) + 1))
         try:
             by_level = {level: self._at(features, (level,)) for level in levels}
             joint = self._at(features, levels) if self.joins_levels and len(levels) > 1 else None
-        except ValueError as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(
+        except UserError:
+            raise
+        except (ValueError, RuntimeError) as error:
+            raise NoScoreError(
                 f"score '{self.name}' does not exist on these slices: {error}. Raise -num_cases, or choose another score."
             ) from error
         values = {level: float(s(everyone)[0]) for level, s in by_level.items()}
@@ -150,9 +151,11 @@ class Score:
         rest = {k: v for k, v in self.parameters.items() if k not in ("level", "pooled")}
         if self.reads == "views":
             embeddings = features.embeddings[self.view_key, levels[0], self.pooled][: self.num_views]
+            _refuse_collapsed(embeddings.flatten(0, 1), features.encoder, levels[0])
             return self.prepare(embeddings, features.patients, **rest)
         pixels = features.pixels[self.labels]
         joined = torch.cat([features.at_pixels[self.labels, level] for level in levels], dim=1)
+        _refuse_collapsed(joined, features.encoder, levels[0])
         labels, patients = pixels.labels, pixels.patients
         if self.pooled:
             joined, labels, patients = _by_region(joined, pixels)
@@ -160,6 +163,16 @@ class Score:
         statistic = self.prepare(joined, labels, patients, **rest)
         # a patient without a pixel that counts has no say
         return lambda multiplicities: statistic(multiplicities[:, present])
+
+
+def _refuse_collapsed(features: Tensor, encoder: str, level: int) -> None:
+    if not torch.isfinite(features).all():
+        raise UserError(f"{encoder} gives NaN or infinite features at level {level}. Leave it out.")
+    # what is left after the mean is taken away is rounding
+    if (features - features.mean(0)).abs().max() <= COLLAPSED * features.abs().max():
+        raise UserError(
+            f"{encoder} gives the same features for everything at level {level}: its training collapsed. Leave it out."
+        )
 
 
 def _by_region(features: Tensor, pixels: Pixels) -> tuple[Tensor, np.ndarray, np.ndarray]:
@@ -234,6 +247,9 @@ SCORES: dict[str, Score] = {
 }
 
 
+LABELLED = [name for name, score in SCORES.items() if score.labels]
+
+
 def parse_score(text: str, views: str | None = None, strength: float = 1.0) -> Score:
     """A score from what a user typed: a name, or a name with parameters.
 
@@ -264,6 +280,21 @@ def parse_score(text: str, views: str | None = None, strength: float = 1.0) -> S
         parameters[key] = _parse_value(score, key, value)
     score = replace(score, parameters=parameters)
     return replace(score, views=views or score.views, strength=strength) if score.views != "plain" else score
+
+
+def parse_scores(scores: Score | str | Sequence[Score | str]) -> list[Score]:
+    """One or several scores, by name or as they are.
+
+    Raises:
+        UserError: None, one twice, or one that ``parse_score`` refuses.
+    """
+    named = [scores] if isinstance(scores, (Score, str)) else list(scores)
+    parsed = [parse_score(s) if isinstance(s, str) else s for s in named]
+    if not parsed:
+        raise UserError(f"no score is named. Available: {listed(sorted(SCORES), len(SCORES))}.")
+    if len({s.text for s in parsed}) < len(parsed):
+        raise UserError("the same score is named twice. Name each once, or change a parameter.")
+    return parsed
 
 
 def _parse_value(score: Score, key: str, text: str) -> Any:

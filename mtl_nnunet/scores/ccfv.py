@@ -9,7 +9,10 @@ from torch.nn.functional import one_hot
 
 from mtl_nnunet.scores.resampling import Statistic, ratio_over_pairs
 
+# of the mean squared distance: keeps the inverse distance of equal features finite
 EPSILON = 1e-3
+# of the features' spread: what the distance of equal distributions counts as
+SAME = 1e-6
 
 
 def wasserstein(x: Tensor, y: Tensor) -> Tensor:
@@ -75,11 +78,12 @@ def consistency_pairs(features: Tensor, labels: np.ndarray, patients: np.ndarray
 
 def energy_pairs(features: Tensor, patients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Sums of inverse distances between features of different patients, and their number, both (P, P)."""
-    x = features.double()
+    # about their mean, so that the subtraction loses nothing
+    x = features.double() - features.double().mean(0)
     squares = x.square().sum(1)
     distances = (squares[:, None] + squares[None, :] - 2 * x @ x.T).clamp_min(0)
     membership = one_hot(torch.as_tensor(patients), int(patients.max()) + 1).double()
-    sums = membership.T @ (distances + EPSILON).rsqrt() @ membership
+    sums = membership.T @ (distances + EPSILON * distances.mean()).rsqrt() @ membership
     counts = membership.sum(0)[:, None] * membership.sum(0)
     sums.fill_diagonal_(0)
     counts.fill_diagonal_(0)
@@ -91,7 +95,10 @@ def ccfv(features: Tensor, labels: np.ndarray, patients: np.ndarray) -> float:
 
         s = log F - log C
         C = mean over foreground classes and pairs of patients of W(class features of p, class features of q)
-        1 / F = mean over pairs of features i, j of different patients of 1 / sqrt(|x_i - x_j|^2 + 1e-3)
+        1 / F = mean over pairs of features i, j of different patients of 1 / sqrt(|x_i - x_j|^2 + 1e-3 m)
+
+    with m the mean of |x_i - x_j|^2, so that the score does not depend on the features' scale; the paper's constant is
+    absolute, and rewards features for being small.
 
     Args:
         features: Shape (N, D).
@@ -99,7 +106,7 @@ def ccfv(features: Tensor, labels: np.ndarray, patients: np.ndarray) -> float:
         patients: Patient of each, shape (N,).
 
     Returns:
-        Higher is better; free of the features' scale up to the constant in F.
+        Higher is better; free of the features' scale.
 
     Raises:
         ValueError: No foreground class in two patients.
@@ -123,11 +130,10 @@ def statistic(features: Tensor, labels: np.ndarray, patients: np.ndarray) -> Sta
         raise ValueError("CC-FV needs a foreground class in at least two patients")
     consistency = ratio_over_pairs(sums, counts)
     energy = ratio_over_pairs(*energy_pairs(features, patients))
+    least = SAME * float((features.double() - features.double().mean(0)).square().sum(1).mean().sqrt())
 
     def of(multiplicities: np.ndarray) -> np.ndarray:
-        scores: np.ndarray = -np.log(energy(multiplicities)) - np.log(
-            np.maximum(consistency(multiplicities), np.finfo(float).tiny)
-        )
+        scores: np.ndarray = -np.log(energy(multiplicities)) - np.log(np.maximum(consistency(multiplicities), least))
         return scores
 
     return of

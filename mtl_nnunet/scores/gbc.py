@@ -48,7 +48,8 @@ def gbc(features: Tensor, labels: np.ndarray, gaussian: str = "spherical", weigh
         >>> round(gbc(x, np.array([0, 0, 1, 1])).item(), 4)  # -2 exp(-16 / 8)
         -0.2707
     """
-    x = features.double()
+    # about the mean of all, so that the subtraction below loses nothing
+    x = features.double() - features.double().mean(0)
     w = torch.ones(len(x), dtype=torch.float64) if weights is None else weights
     classes = np.unique(labels)
     if len(classes) < 2:
@@ -56,11 +57,9 @@ def gbc(features: Tensor, labels: np.ndarray, gaussian: str = "spherical", weigh
     indicator = torch.as_tensor(labels[:, None] == classes[None, :]).double() * w[:, None]
     shares = indicator / indicator.sum(0)
     means = shares.T @ x
-    # about the mean of all, so that the subtraction below loses nothing
-    variances = shares.T @ x.square() - means.square()
+    variances = (shares.T @ x.square() - means.square()).clamp_min(MIN_VARIANCE)
     if gaussian == "spherical":
         variances = variances.mean(1, keepdim=True).expand_as(means)
-    variances = variances.clamp_min(MIN_VARIANCE)
     pooled = (variances[:, None] + variances[None]) / 2
     distances = (means[:, None] - means[None]).square().div(pooled).sum(-1) / 8
     logs = variances.log().sum(-1)

@@ -12,10 +12,13 @@ from torch.nn.functional import normalize
 from mtl_nnunet.scores.resampling import Statistic
 
 CHUNK = 1 << 24
+LOWEST_TEMPERATURE = 0.005
 
 
 def _terms(views: Tensor, patients: np.ndarray, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Log of each anchor's positive term, its patient, and the sums of its negative terms by patient."""
+    """Sums of each anchor's negative terms by patient, relative to its positive; its patient; slices of each patient."""
+    if not temperature >= LOWEST_TEMPERATURE:
+        raise ValueError(f"temperature {temperature:g} is below {LOWEST_TEMPERATURE:g}, where exponentials overflow")
     z = normalize(views.double(), dim=-1)
     num_views = len(z)
     owner = torch.as_tensor(patients)
@@ -27,7 +30,7 @@ def _terms(views: Tensor, patients: np.ndarray, temperature: float) -> tuple[Ten
         similarity = z[a] @ z[b].T / temperature
         # relative to the positive, so that the exponential stays in range
         positive = similarity.diagonal()
-        negatives.append((similarity - positive[:, None]).clamp_max(600).exp() @ membership)
+        negatives.append((similarity - positive[:, None]).exp() @ membership)
         positives.append(positive)
     ratios = torch.cat(negatives)
     owners = owner.repeat(len(positives))
@@ -38,27 +41,27 @@ def _terms(views: Tensor, patients: np.ndarray, temperature: float) -> tuple[Ten
 def infonce(views: Tensor, patients: np.ndarray, temperature: float = 0.1) -> float:
     """How surely a slice's other view is picked among slices of other patients.
 
-        s = -mean_{i, (a, b)} log(1 + mean_{j of other patients} exp((z_i^a . z_j^b - z_i^a . z_i^b) / t))
+        s = -mean_{i, (a, b)} log(1 / K_i + mean_{j of other patients} exp((z_i^a . z_j^b - z_i^a . z_i^b) / t))
 
-    with z of unit length. Up to the constant log of the number of negatives this is the InfoNCE bound with its sign
-    turned; the mean over negatives keeps the score free of their number.
+    with z of unit length and K_i slices of other patients. This is log K plus the mean log probability of the positive: a
+    lower bound of the information that two views share, in nats.
 
     Args:
         views: Embeddings, shape (V, N, D), V >= 2.
         patients: Patient index of each slice, shape (N,).
-        temperature: t > 0.
+        temperature: t, at least 0.005.
 
     Returns:
-        At most 0; -log 2 where nothing is told apart; higher is better.
+        At most log K; -log(1 + 1 / K) where nothing is told apart; higher is better.
 
     Raises:
-        ValueError: One view, or one patient.
+        ValueError: One view, one patient, or a temperature that is too low.
 
     Source: van den Oord et al. 2018, arXiv:1807.03748.
 
     Example:
         >>> z = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
-        >>> round(infonce(torch.stack([z, z]), np.array([0, 1]), temperature=1.0), 4)  # -log(1 + exp(-2))
+        >>> round(infonce(torch.stack([z, z]), np.array([0, 1]), temperature=1.0), 4)  # K = 1: -log(1 + exp(-2))
         -0.1269
     """
     prepared = statistic(views, patients, temperature)
@@ -66,8 +69,9 @@ def infonce(views: Tensor, patients: np.ndarray, temperature: float = 0.1) -> fl
 
 
 def statistic(views: Tensor, patients: np.ndarray, temperature: float) -> Statistic:
-    """The score as a function of how often each patient was drawn; exact."""
+    """The score as a function of how often each patient was drawn; exact, with K that of all patients."""
     ratios, owners, counts = _terms(views, patients, temperature)
+    one_of = 1 / (counts.sum() - counts)[owners]
 
     def of(multiplicities: np.ndarray) -> np.ndarray:
         scores = []
@@ -76,7 +80,7 @@ def statistic(views: Tensor, patients: np.ndarray, temperature: float) -> Statis
             m = torch.as_tensor(multiplicities[start : start + step], dtype=torch.float64)
             drawn = m * counts
             others = (drawn.sum(1)[:, None] - drawn)[:, owners]
-            losses = torch.log1p((m @ ratios.T) / others.clamp_min(1e-300))
+            losses = torch.log(one_of + (m @ ratios.T) / others.clamp_min(1e-300))
             weights = m[:, owners] * (others > 0)
             total = weights.sum(1)
             scores.append(torch.where(total > 0, -(losses * weights).sum(1) / total, torch.nan))

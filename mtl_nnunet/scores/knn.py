@@ -26,7 +26,7 @@ def vote(features: Tensor, labels: np.ndarray, patients: np.ndarray, k: int = 20
         Shape (N,).
 
     Raises:
-        ValueError: Pixels of one patient only.
+        ValueError: Pixels of one patient only, or fewer of other patients than neighbours.
 
     Example:
         >>> x = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])
@@ -38,7 +38,9 @@ def vote(features: Tensor, labels: np.ndarray, patients: np.ndarray, k: int = 20
     classes, targets = np.unique(labels, return_inverse=True)
     z = normalize(features, dim=1)
     owner, index = torch.as_tensor(patients), torch.as_tensor(targets)
-    k = min(k, len(patients) - int(np.bincount(patients).max()))
+    of_others = len(patients) - int(np.bincount(patients).max())
+    if k > of_others:
+        raise ValueError(f"{k} neighbours are asked for, and some pixels have only {of_others} of other patients")
     predicted = []
     for rows in torch.split(torch.arange(len(z)), CHUNK):
         similarity = (z[rows] @ z.T).masked_fill(owner[rows, None] == owner[None], -torch.inf)
@@ -78,4 +80,4 @@ def knn(features: Tensor, labels: np.ndarray, patients: np.ndarray, k: int = 20)
 
 def statistic(features: Tensor, labels: np.ndarray, patients: np.ndarray, k: int) -> Statistic:
     """The score as a function of which patients' predictions were drawn; neighbours stay."""
-    return dice_statistic(vote(features, labels, patients, k), labels, patients, np.ones(len(labels)))
+    return dice_statistic(vote(features, labels, patients, k), labels, patients)

@@ -91,4 +91,4 @@ def probe(features: Tensor, labels: np.ndarray, patients: np.ndarray, ridge: flo
 
 def statistic(features: Tensor, labels: np.ndarray, patients: np.ndarray, ridge: float) -> Statistic:
     """The score as a function of which patients' predictions were drawn; the probes stay."""
-    return dice_statistic(predictions(features, labels, patients, ridge), labels, patients, np.ones(len(labels)))
+    return dice_statistic(predictions(features, labels, patients, ridge), labels, patients)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtl_nnunet.scores.resampling import Statistic, linearised, per_patient
+from mtl_nnunet.scores.resampling import Statistic, by_deletion, mean_of
 
 
 def effective_rank(embeddings: Tensor) -> float:
@@ -32,19 +32,28 @@ def effective_rank(embeddings: Tensor) -> float:
 
 
 def statistic(views: Tensor, patients: np.ndarray) -> Statistic:
-    """The score as a function of how often each patient was drawn, to first order.
+    """The score as a function of how often each patient was drawn, by the jackknife.
+
+    Slices are often fewer than features, where the derivative would give half of the spread.
 
     Args:
         views: Embeddings, shape (V, N, D); the mean over the views is taken.
         patients: Patient index of each row, shape (N,).
     """
-    num_patients = int(patients.max()) + 1
-    values, influences = [], []
-    for embeddings in views:
-        value, influence = rank_influence(embeddings)
-        values.append(value)
-        influences.append(per_patient(influence, patients, num_patients))
-    return linearised(float(np.mean(values)), np.mean(influences, axis=0))
+
+    def of_view(embeddings: Tensor) -> Statistic:
+        x = embeddings.double()
+        # leaving rows out leaves rows and columns of the Gram matrix out, so that one product serves all
+        gram = x @ x.T if len(x) <= x.shape[1] else None
+
+        def score(rows: np.ndarray) -> float:
+            kept = torch.as_tensor(rows)
+            matrix = x[kept].T @ x[kept] if gram is None else gram[kept][:, kept]
+            return _rank_and_slope(_singular_values(torch.linalg.eigvalsh(matrix)))[0]
+
+        return by_deletion(score, patients)
+
+    return mean_of([of_view(embeddings) for embeddings in views])
 
 
 def rank_influence(embeddings: Tensor) -> tuple[float, np.ndarray]:
@@ -69,14 +78,17 @@ def _spectrum(embeddings: Tensor) -> tuple[Tensor, Tensor]:
     # the smaller Gram matrix has the same spectrum at a fraction of the cost of an SVD
     if len(x) <= x.shape[1]:
         squares, left = torch.linalg.eigh(x @ x.T)
-        sigma = squares.clamp_min(0).sqrt()
-    else:
-        squares, right = torch.linalg.eigh(x.T @ x)
-        sigma = squares.clamp_min(0).sqrt()
-        left = (x @ right) / sigma.clamp_min(torch.finfo(x.dtype).tiny)
-    # what a Gram matrix cannot resolve is rounding, not rank
-    kept = sigma > sigma.max() * 1e-7
-    return left[:, kept], sigma[kept]
+        sigma = _singular_values(squares)
+        return left[:, -len(sigma) :], sigma
+    squares, right = torch.linalg.eigh(x.T @ x)
+    sigma = _singular_values(squares)
+    return (x @ right[:, -len(sigma) :]) / sigma, sigma
+
+
+def _singular_values(squares: Tensor) -> Tensor:
+    """Of the ascending eigenvalues of a Gram matrix; what it cannot resolve is rounding, not rank."""
+    sigma = squares.clamp_min(0).sqrt()
+    return sigma[sigma > sigma[-1] * 1e-7]
 
 
 def _rank_and_slope(sigma: Tensor) -> tuple[float, Tensor]:

@@ -2,7 +2,8 @@
 
 A ``Statistic`` takes how often each patient was drawn, shape (B, P), and gives the score of each resampled dataset,
 shape (B,). Scores that are means over patients or over pairs of patients are recomputed exactly. Scores that need a
-decomposition for every draw are linearised: their derivative with respect to each patient's weight is taken once.
+decomposition for every draw are linearised: their derivative with respect to each patient's weight is taken once, or
+each patient is left out once.
 """
 
 from __future__ import annotations
@@ -57,14 +58,15 @@ def ratio_over_pairs(numerators: np.ndarray, denominators: np.ndarray) -> Statis
 
 
 def linearised(value: float, influence: np.ndarray) -> Statistic:
-    """The score to first order in the patients' weights: s(m) = s(1) + sum_p (m_p - 1) ds/dw_p.
+    """The score to first order in the patients' weights: s(m) = s(1) + sum_p (m_p - 1) i_p, the mean of i taken away.
 
-    Its spread over bootstrap draws is the infinitesimal jackknife's, which for smooth scores agrees with the
-    bootstrap's and is not biased by patients drawn twice (a repeated patient adds no rank).
+    Its spread over bootstrap draws is the infinitesimal jackknife's when i is the derivative, and the jackknife's when
+    it comes from leaving patients out. Unlike the bootstrap itself neither is biased by patients drawn twice (a
+    repeated patient adds no rank). The derivative's spread is too small where samples are not many times the features.
 
     Args:
         value: The score with every patient once.
-        influence: Derivative with respect to each patient's weight, shape (P,).
+        influence: i, what a little more of each patient adds, shape (P,).
 
     Source: Efron, "The Jackknife, the Bootstrap and Other Resampling Plans" (1982), chapter 6.
 
@@ -74,7 +76,7 @@ def linearised(value: float, influence: np.ndarray) -> Statistic:
     """
 
     def of(multiplicities: np.ndarray) -> np.ndarray:
-        drawn: np.ndarray = value + (multiplicities - 1) @ influence
+        drawn: np.ndarray = value + (multiplicities - 1) @ (influence - influence.mean())
         return drawn
 
     return of
@@ -92,6 +94,24 @@ def by_gradient(score: Callable[[Tensor], Tensor], num_patients: int) -> Statist
         value = score(weights)
         (gradient,) = torch.autograd.grad(value, weights)
     return linearised(float(value.detach()), gradient.cpu().numpy())
+
+
+def by_deletion(score: Callable[[np.ndarray], float], patients: np.ndarray) -> Statistic:
+    """``linearised`` by the jackknife: i_p = (1 - 1/P) (s - s without p).
+
+    Args:
+        score: Indices of the rows that stay, to the score.
+        patients: Patient of each row, shape (N,), 0 to P - 1.
+
+    Example:
+        >>> x = np.array([1.0, 2.0, 6.0])
+        >>> by_deletion(lambda rows: x[rows].mean(), np.arange(3))(np.array([[1, 1, 1], [3, 0, 0]]))
+        array([3., 1.])
+    """
+    num_patients = int(patients.max()) + 1
+    value = score(np.arange(len(patients)))
+    without = [score(np.flatnonzero(patients != p)) for p in range(num_patients)]
+    return linearised(value, (1 - 1 / num_patients) * (value - np.array(without)))
 
 
 def mean_of(statistics: Sequence[Statistic]) -> Statistic:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import torch
@@ -17,9 +18,14 @@ PARTS = ("both", "separability", "rank")
 def cluster(features: Tensor, num_clusters: int) -> np.ndarray:
     """Groups of features by k-means, the same for the same features; shape (N,)."""
     from sklearn.cluster import KMeans
+    from threadpoolctl import threadpool_limits
 
     num_clusters = min(num_clusters, len(features))
-    groups: np.ndarray = KMeans(num_clusters, n_init=1, random_state=0).fit_predict(features.numpy())
+    # with another number of threads sums come in another order, and clusters could differ
+    with threadpool_limits(1), warnings.catch_warnings():
+        # equal features can make fewer clusters than asked for
+        warnings.simplefilter("ignore")
+        groups: np.ndarray = KMeans(num_clusters, n_init=1, random_state=0).fit_predict(features.numpy())
     return groups
 
 

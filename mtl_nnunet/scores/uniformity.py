@@ -43,7 +43,11 @@ def statistic(views: Tensor, patients: np.ndarray, t: float) -> Statistic:
     membership = one_hot(owner, int(owner.max()) + 1).double()
     if (membership.sum(0) > 0).sum() < 2:
         raise ValueError("uniformity needs slices of at least two patients")
-    potential = sum((-t * (2 - 2 * x @ x.T).clamp_min(0)).exp() for x in z)
+    # a row of zeros stays one: its length is not assumed
+    lengths = z.square().sum(-1)
+    potential = sum(
+        (-t * (length[:, None] + length - 2 * x @ x.T).clamp_min(0)).exp() for x, length in zip(z, lengths, strict=True)
+    )
     sums = membership.T @ potential @ membership
     counts = len(z) * membership.sum(0)[:, None] * membership.sum(0)
     sums.fill_diagonal_(0)
