@@ -2,7 +2,10 @@
 
 Prints seconds of each, ours also with the error bars over patients that the others do not have.
 
-    python benchmarks/peers.py -logme LogME/LogME.py -ccfv CCFV/utils/ccfv.py -hscore tllib/ranking/hscore.py
+    python benchmarks/peers.py -logme LogME/LogME.py -ccfv CCFV/utils/ccfv.py -hscore tllib/ranking/hscore.py -gbc gbc.py
+
+The peers: thuml/LogME (needs numba; compiled before it is timed), EndoluminalSurgicalVision-IMR/CCFV, tllib of
+thuml/Transfer-Learning-Library, and for GBC a NumPy copy of google-research's stable_transfer/transferability/gbc.py.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from itertools import combinations
 import numpy as np
 import torch
 
-from mtl_nnunet.scores import ccfv, hscore, logme
+from mtl_nnunet.scores import ccfv, gbc, hscore, logme
 
 
 def module_of(path):
@@ -41,6 +44,7 @@ def main() -> None:
     parser.add_argument("-logme")
     parser.add_argument("-ccfv")
     parser.add_argument("-hscore")
+    parser.add_argument("-gbc")
     parser.add_argument("-repeats", type=int, default=3)
     args = parser.parse_args()
     for n, d, num_patients in ((4096, 256, 64), (4096, 1024, 64), (1000, 2048, 16)):
@@ -79,6 +83,14 @@ def compare_all(args, n, d, num_patients):
             lambda: float(hscore.hscore(features, labels)),
             lambda: hscore.statistic(features, labels, patients),
             lambda: peer.h_score(x.astype(np.float64), labels),
+        )
+    if args.gbc:
+        peer = module_of(args.gbc)
+        compare(
+            "gbc",
+            lambda: float(gbc.gbc(features, labels, "diagonal")),
+            lambda: gbc.statistic(features, labels, patients, d, "diagonal"),
+            lambda: peer.GBC(None).score(x.astype(np.float64), labels, "diagonal"),
         )
     if args.ccfv and d <= 256:
         peer = module_of(args.ccfv)

@@ -32,11 +32,12 @@ def made_up(seed: int, gap: float, num_checkpoints: int = 16, num_patients: int 
         start = end
         samples = seen[running] @ bootstrap_draws(end, BOOTSTRAP_DRAWS, seed).T / end
         if end < num_patients:
-            running = [running[k] for k in survivors(list(seen[running].mean(1)), samples)]
+            running = [running[k] for k in survivors(list(seen[running].mean(1)), samples, end)]
     full = terms @ bootstrap_draws(num_patients, BOOTSTRAP_DRAWS, seed).T / num_patients
     best = int(terms.mean(1).argmax())
     choice = max(running, key=lambda k: terms[k].mean())
-    low, high = interval(full[choice] - full[best])
+    difference = full[choice] - full[best]
+    low, high = interval(float(terms[choice].mean() - terms[best].mean()), difference, num_patients)
     return forwards / terms.size, choice == best or low <= 0 <= high, choice == best
 
 

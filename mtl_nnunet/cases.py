@@ -530,12 +530,14 @@ def _missing_channels(cases: Sequence[Case], where: Path) -> dict[str, str]:
 
 
 def _missing_files(cases: Sequence[Case]) -> dict[str, str]:
-    return {
-        case.name: f"case {case.name}: {file} does not exist. Add the file, or leave the case out."
-        for case in cases
-        for file in (*case.images, *filter(None, [case.label]))
-        if not file.is_file()
-    }
+    reasons: dict[str, str] = {}
+    for case in cases:
+        for file in (*case.images, *filter(None, [case.label])):
+            if not file.is_file():
+                reasons.setdefault(
+                    case.name, f"case {case.name}: {file} does not exist. Add the file, or leave the case out."
+                )
+    return reasons
 
 
 def _require_two(cases: tuple[Case, ...], where: Path) -> None:

@@ -159,7 +159,8 @@ def embed(
             embeddings[key, level, pooled] = torch.stack([torch.cat(batches) for batches in by_view]).clone()
         for (labelled, level), batches in found.items():
             sampled[labelled, level] = torch.cat(batches).clone()
-    return Features(embeddings, sampled, target.patients, target.pixels, num_levels, _called(encoder))
+    # copied: a worker's array is read-only, and torch warns of those
+    return Features(embeddings, sampled, target.patients.copy(), target.pixels, num_levels, _called(encoder))
 
 
 def _called(encoder: nn.Module) -> str:

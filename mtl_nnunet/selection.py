@@ -135,7 +135,13 @@ def read_selection(folder: str | Path) -> Selection:
     folder = Path(folder)
     path = folder / SELECTION_FILE
     if not path.is_file():
-        raise UserError(f"no selection in {folder}. Run mtl-select-checkpoint for this dataset first.")
+        of_folds = sorted(f.parent.name for f in folder.parent.glob(f"{folder.name}_fold_*/{SELECTION_FILE}"))
+        there = (
+            f" There is {listed(of_folds)}, for single folds: mtl-nnunet plans -selection makes plans that start from it."
+            if of_folds
+            else ""
+        )
+        raise UserError(f"no selection in {folder}. Run mtl-select-checkpoint for this dataset first.{there}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         version = content["schema_version"]

@@ -32,6 +32,7 @@ from mtl_nnunet.ranking import bootstrap_draws, rank_checkpoints, score_encoder
 from mtl_nnunet.scores import SCORES, Score, parse_score
 from mtl_nnunet.scores.robustness import robustness
 from mtl_nnunet.select import select_checkpoint
+from mtl_nnunet.selection import read_selection
 from mtl_nnunet.slices import Slices, gather_slices
 
 EVERY = [parse_score(name) for name in SCORES]
@@ -351,6 +352,8 @@ def test_a_fold_keeps_its_validation_cases_out_and_says_so(
     )
     held_out = generate_crossval_split([f"case_{i:02d}" for i in range(10)])[2]["val"]
     assert content["labels"] == {"used": True, "fold": 2}
+    with pytest.raises(UserError, match=r"There is mtl_selection_fold_2, for single folds: mtl-nnunet plans"):
+        read_selection(nnunet_folders / "preprocessed" / "Dataset001_Phantom" / "mtl_selection")
     assert not set(held_out) & {c["name"] for c in content["dataset"]["cases_used"]}
     assert main([*few, "-score", "probe"]) == 0
     err = capsys.readouterr().err
