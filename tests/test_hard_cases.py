@@ -73,13 +73,13 @@ def test_a_collapsed_checkpoint_is_named_and_never_wins(
 def test_a_bad_case_ends_in_exit_code_1_while_other_threads_still_read(
     make_dataset: Callable[..., Path], tmp_path: Path
 ) -> None:
-    folder = make_dataset(1, num_cases=12, shape=(40, 160, 160))
-    broken = folder / "imagesTr" / "case_01_0000.nii.gz"
+    folder = make_dataset(1, num_cases=20, shape=(35, 51, 35), spacing=(1.0, 1.0, 1.0))
+    broken = folder / "imagesTr" / "case_07_0000.nii.gz"
     broken.write_bytes(broken.read_bytes()[:3000])
     for _ in range(3):
-        done = subprocess.run([*COMMAND, *FEW], capture_output=True, text=True, check=False)
+        done = subprocess.run([*COMMAND, *FEW, "-num_slices", "40"], capture_output=True, text=True, check=False)
         assert done.returncode == 1, done.stderr
-        assert "case_01" in done.stderr.strip().splitlines()[-1]
+        assert "case_07" in done.stderr.strip().splitlines()[-1]
 
 
 def test_a_terminated_run_leaves_nothing_half_written(make_dataset: Callable[..., Path], tmp_path: Path) -> None:
