@@ -22,7 +22,7 @@ def reduced(features: Tensor, components: int) -> Tensor:
     return projected
 
 
-def gbc(features: Tensor, labels: np.ndarray, gaussian: str = "spherical", weights: Tensor | None = None) -> Tensor:
+def gbc(features: Tensor, labels: np.ndarray, gaussian: str = "spherical") -> Tensor:
     """Less the overlap of the classes' Gaussians; higher is better.
 
         s = -sum_{c != k} exp(-B(c, k))
@@ -32,7 +32,6 @@ def gbc(features: Tensor, labels: np.ndarray, gaussian: str = "spherical", weigh
         features: Shape (N, D).
         labels: Class of each sample, shape (N,).
         gaussian: ``spherical`` (one variance a class) or ``diagonal`` (one a class and dimension).
-        weights: Weight of each sample, shape (N,); ones when None.
 
     Returns:
         Scalar, -C (C - 1) to 0.
@@ -48,28 +47,43 @@ def gbc(features: Tensor, labels: np.ndarray, gaussian: str = "spherical", weigh
         >>> round(gbc(x, np.array([0, 0, 1, 1])).item(), 4)  # -2 exp(-16 / 8)
         -0.2707
     """
-    # about the mean of all, so that the subtraction below loses nothing
-    x = features.double() - features.double().mean(0)
-    w = torch.ones(len(x), dtype=torch.float64) if weights is None else weights
-    classes = np.unique(labels)
-    if len(classes) < 2:
+    moments = [
+        torch.var_mean(features[torch.as_tensor(np.flatnonzero(labels == c))].double(), 0, correction=0)
+        for c in np.unique(labels)
+    ]
+    return _separation(torch.stack([m for _, m in moments]), torch.stack([v for v, _ in moments]), gaussian)
+
+
+def statistic(features: Tensor, labels: np.ndarray, patients: np.ndarray, components: int, gaussian: str) -> Statistic:
+    """The score on the first principal axes as a function of how often each patient was drawn, to first order."""
+    x = reduced(features, components)
+    classes, number = np.unique(labels, return_inverse=True)
+    shape = int(patients.max()) + 1, len(classes)
+    index = torch.as_tensor(patients * shape[1] + number)
+    # all that the score needs of a patient: how many pixels each class has, their sum and the sum of their squares
+    counts = torch.bincount(index, minlength=shape[0] * shape[1]).double().reshape(shape)
+    sums, squares = (
+        torch.zeros(shape[0] * shape[1], x.shape[1], dtype=torch.float64).index_add_(0, index, v).reshape(*shape, -1)
+        for v in (x, x.square())
+    )
+
+    def score(weights: Tensor) -> Tensor:
+        totals = (weights @ counts)[:, None]
+        means = torch.einsum("p,pcd->cd", weights, sums) / totals
+        return _separation(means, torch.einsum("p,pcd->cd", weights, squares) / totals - means.square(), gaussian)
+
+    return by_gradient(score, shape[0])
+
+
+def _separation(means: Tensor, variances: Tensor, gaussian: str) -> Tensor:
+    if len(means) < 2:
         raise ValueError("GBC needs at least two classes")
-    indicator = torch.as_tensor(labels[:, None] == classes[None, :]).double() * w[:, None]
-    shares = indicator / indicator.sum(0)
-    means = shares.T @ x
-    variances = (shares.T @ x.square() - means.square()).clamp_min(MIN_VARIANCE)
+    variances = variances.clamp_min(MIN_VARIANCE)
     if gaussian == "spherical":
         variances = variances.mean(1, keepdim=True).expand_as(means)
     pooled = (variances[:, None] + variances[None]) / 2
     distances = (means[:, None] - means[None]).square().div(pooled).sum(-1) / 8
     logs = variances.log().sum(-1)
     distances = distances + (pooled.log().sum(-1) - (logs[:, None] + logs[None]) / 2) / 2
-    others = ~torch.eye(len(classes), dtype=torch.bool)
+    others = ~torch.eye(len(means), dtype=torch.bool)
     return -(-distances[others]).exp().sum()
-
-
-def statistic(features: Tensor, labels: np.ndarray, patients: np.ndarray, components: int, gaussian: str) -> Statistic:
-    """The score on the first principal axes as a function of how often each patient was drawn, to first order."""
-    x = reduced(features, components)
-    owner = torch.as_tensor(patients)
-    return by_gradient(lambda weights: gbc(x, labels, gaussian, weights[owner]), int(patients.max()) + 1)
