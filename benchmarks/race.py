@@ -10,10 +10,11 @@ import argparse
 
 import numpy as np
 
+from mtl_nnunet.bootstrap import BOOTSTRAP_DRAWS, bootstrap_draws, interval
 from mtl_nnunet.cases import find_nnunet_dataset
 from mtl_nnunet.checkpoints import find_checkpoints
 from mtl_nnunet.racing import FEWEST_PATIENTS, SHARES, race_checkpoints, survivors
-from mtl_nnunet.ranking import BOOTSTRAP_DRAWS, bootstrap_draws, interval, rank_checkpoints
+from mtl_nnunet.ranking import rank_checkpoints
 from mtl_nnunet.scores import parse_score
 from mtl_nnunet.slices import gather_slices
 

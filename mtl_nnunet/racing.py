@@ -12,6 +12,7 @@ from joblib import delayed
 from scipy import stats
 from tqdm import tqdm
 
+from mtl_nnunet.bootstrap import interval
 from mtl_nnunet.cache import Scored
 from mtl_nnunet.checkpoints import Checkpoint, read_contents
 from mtl_nnunet.decision import Rule
@@ -20,7 +21,7 @@ from mtl_nnunet.encoder import random_encoder
 from mtl_nnunet.errors import NoScoreError, UserError
 from mtl_nnunet.parallel import in_parallel
 from mtl_nnunet.pixels import Pixels
-from mtl_nnunet.ranking import RankedCheckpoint, Ranking, evaluate, interval, last_epoch, ranking_of
+from mtl_nnunet.ranking import RankedCheckpoint, Ranking, evaluate, last_epoch, ranking_of
 from mtl_nnunet.scores import Features, Score
 from mtl_nnunet.slices import Slices
 

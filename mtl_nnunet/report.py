@@ -6,14 +6,12 @@ import csv
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mtl_nnunet.ranking import FEWEST_PATIENTS, RankedCheckpoint, Ranking
-
-if TYPE_CHECKING:
-    from mtl_nnunet.select import Outcome
+from mtl_nnunet.bootstrap import FEWEST_PATIENTS
+from mtl_nnunet.ranking import RankedCheckpoint, Ranking
+from mtl_nnunet.slices import Slices
 
 FEW_PATIENTS = 10
 
@@ -149,24 +147,23 @@ def warnings_in_words(ranking: Ranking, num_patients: int) -> list[str]:
     return warnings
 
 
-def labels_in_words(outcome: Outcome, can_keep_out: bool) -> list[str]:
+def labels_in_words(slices: Slices, fold: int | str | None, can_keep_out: bool) -> list[str]:
     """What a user should know of the labels that were looked at.
 
     Args:
-        outcome: What was found.
+        slices: With labels, unless none were.
+        fold: Whose validation cases were kept out, or ``all``.
         can_keep_out: Whether the labels of a fold's validation cases could have been kept out.
     """
-    if outcome.fold is None:
+    if slices.labels is None:
         return []
     warnings = []
-    labels = outcome.slices.labels
-    assert labels is not None
-    segmented = outcome.slices.patients[(labels > 0).flatten(1).any(1).numpy()]
+    segmented = slices.patients[(slices.labels > 0).flatten(1).any(1).numpy()]
     if (owners := len(set(segmented.tolist()))) < FEW_PATIENTS:
         warnings.append(
             f"Only {owners} patients have foreground on their slices: scores with labels rest on these few."
         )
-    if outcome.fold == "all":
+    if fold == "all":
         advice = " Pass -f 0 to -f 4 to keep a fold's validation cases out." if can_keep_out else ""
         warnings.append(
             "Labels of validation cases were seen: cases were taken from all, those of every fold's validation too, so Dice "

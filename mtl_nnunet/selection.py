@@ -17,12 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from mtl_nnunet import __version__
+from mtl_nnunet.bootstrap import INTERVAL
 from mtl_nnunet.cases import Dataset
 from mtl_nnunet.checkpoints import read_contents
 from mtl_nnunet.encoder import TimmEncoder
 from mtl_nnunet.errors import UserError, listed
 from mtl_nnunet.files import folder_written_atomically, sha256, to_json, write_text
-from mtl_nnunet.ranking import INTERVAL, RankedCheckpoint, Ranking
+from mtl_nnunet.ranking import RankedCheckpoint, Ranking
 from mtl_nnunet.scores import Score
 from mtl_nnunet.slices import Slices
 

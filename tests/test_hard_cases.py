@@ -18,13 +18,14 @@ import pytest
 import torch
 from conftest import DEMO_RUN, write_image
 
+from mtl_nnunet.bootstrap import bootstrap_draws
 from mtl_nnunet.cases import find_nnunet_dataset
 from mtl_nnunet.checkpoints import find_checkpoints
 from mtl_nnunet.cli.select_checkpoint import main
 from mtl_nnunet.errors import UserError
 from mtl_nnunet.parallel import workers
 from mtl_nnunet.racing import RISK, race_checkpoints, survivors
-from mtl_nnunet.ranking import bootstrap_draws, rank_checkpoints, score_encoder
+from mtl_nnunet.ranking import rank_checkpoints, score_encoder
 from mtl_nnunet.scores import parse_score
 from mtl_nnunet.select import select_checkpoint
 from mtl_nnunet.slices import gather_slices

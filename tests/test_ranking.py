@@ -19,6 +19,7 @@ from torch import nn
 
 import mtl_nnunet
 from mtl_nnunet import ranking as ranking_module
+from mtl_nnunet.bootstrap import bootstrap_draws
 from mtl_nnunet.cache import ResultCache, Scored
 from mtl_nnunet.cases import find_nnunet_dataset
 from mtl_nnunet.checkpoints import find_checkpoints, read_contents
@@ -28,7 +29,7 @@ from mtl_nnunet.encoder import random_encoder
 from mtl_nnunet.errors import UserError
 from mtl_nnunet.parallel import workers
 from mtl_nnunet.racing import race_checkpoints
-from mtl_nnunet.ranking import bootstrap_draws, rank_checkpoints, score_encoder
+from mtl_nnunet.ranking import rank_checkpoints, score_encoder
 from mtl_nnunet.scores import SCORES, Score, parse_score
 from mtl_nnunet.scores.robustness import robustness
 from mtl_nnunet.select import select_checkpoint

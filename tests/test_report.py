@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mtl_nnunet.bootstrap import bootstrap_draws, compare, interval
 from mtl_nnunet.cache import Scored
 from mtl_nnunet.checkpoints import Checkpoint
 from mtl_nnunet.decision import Rule
-from mtl_nnunet.ranking import Ranking, bootstrap_draws, compare, interval, ranking_of
+from mtl_nnunet.ranking import Ranking, ranking_of
 from mtl_nnunet.report import comparison_text, ranking_table, ranking_text, warnings_in_words
 from mtl_nnunet.scores import parse_score
 

@@ -17,10 +17,11 @@ import pytest
 import torch
 from conftest import DEMO_RUN, REAL_DATA, needs_real_data, phantom, write_image
 
+from mtl_nnunet.bootstrap import bootstrap_draws
 from mtl_nnunet.cases import find_nnunet_dataset
 from mtl_nnunet.checkpoints import find_checkpoints, read_contents
 from mtl_nnunet.cli.select_checkpoint import main
-from mtl_nnunet.ranking import bootstrap_draws, rank_checkpoints
+from mtl_nnunet.ranking import rank_checkpoints
 from mtl_nnunet.scores import parse_score
 from mtl_nnunet.selection import ENCODER_FILE, read_selection
 from mtl_nnunet.slices import gather_slices

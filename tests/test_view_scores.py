@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, normalize, pdist
 
+from mtl_nnunet.bootstrap import bootstrap_draws
 from mtl_nnunet.errors import UserError
-from mtl_nnunet.ranking import bootstrap_draws
 from mtl_nnunet.scores import SCORES, Features, parse_score
 from mtl_nnunet.scores.alignment import alignment
 from mtl_nnunet.scores.alignment import statistic as alignment_statistic

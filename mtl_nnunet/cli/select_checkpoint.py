@@ -157,7 +157,7 @@ def select(args: argparse.Namespace) -> None:
         )
     ranking, slices = outcome.ranking, outcome.slices
     warnings = warnings_in_words(ranking, slices.num_patients)
-    warnings += labels_in_words(outcome, can_keep_out=bool(args.d) and len(dataset.cases) >= 5)
+    warnings += labels_in_words(slices, outcome.fold, can_keep_out=bool(args.d) and len(dataset.cases) >= 5)
     warnings += [f"Case {name} was skipped: {reason}" for name, reason in slices.skipped]
     table = os.path.join(os.environ.get("nnUNet_raw", ""), dataset.name, "patients.csv")
     if args.d and not args.patients and os.path.isfile(table):
