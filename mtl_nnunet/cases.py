@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -252,9 +253,7 @@ def read_case(case: Case, reader: str, num_channels: int) -> Image:
     """
     read = _read_with_monai if reader == "monai" else _read_with_nnunet
     files = (*case.images, *filter(None, [case.label]))
-    if reader == "SimpleITKIO":
-        for file in files:
-            _refuse_what_itk_hides(case, file)
+    hashes = tuple(_hash_of_what_itk_can_read(case, file) for file in files) if reader == "SimpleITKIO" else ()
     voxels, spacing = read(case.images, reader)
     what = f"case {case.name} ({listed([str(p) for p in case.images])})"
     if len(voxels) != num_channels:
@@ -287,22 +286,23 @@ def read_case(case: Case, reader: str, num_channels: int) -> Image:
                 f"case {case.name}: {case.label} holds labels that are no numbers up to {np.iinfo(np.int16).max}. Repair it."
             )
         label = read_label[0].astype(np.int16)
-    return Image(voxels, spacing, label, tuple(map(sha256, files)))
+    return Image(voxels, spacing, label, hashes or tuple(map(sha256, files)))
 
 
-def _refuse_what_itk_hides(case: Case, file: Path) -> None:
+def _hash_of_what_itk_can_read(case: Case, file: Path) -> str:
     """ITK reads a NIfTI file whose end is missing without an error, NaN as 0, and a voxel size of 0 as 1 mm."""
     if not file.name.endswith((".nii", ".nii.gz")):
-        return
+        # what is not there the reader will say
+        return sha256(file) if file.is_file() else ""
     import nibabel.imageglobals
 
     try:
         content = file.read_bytes()
+        name = hashlib.sha256(content).hexdigest()
         raw = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
         kind = nibabel.Nifti2Image if raw[:4] in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c") else nibabel.Nifti1Image
         with nibabel.imageglobals.LoggingOutputSuppressor():
-            image = kind.from_bytes(raw)
-            stored = np.asanyarray(image.dataobj.get_unscaled())
+            stored = np.asanyarray(kind.from_bytes(raw).dataobj.get_unscaled())
             header = kind.header_class.from_fileobj(io.BytesIO(raw), check=False)
         sizes = [float(p) for n, p in zip(header["dim"][1:4], header["pixdim"][1:4], strict=True) if n > 1]
     except Exception as error:
@@ -311,6 +311,7 @@ def _refuse_what_itk_hides(case: Case, file: Path) -> None:
         raise UserError(f"case {case.name} ({file}) states a voxel size of {sizes} mm. Repair the header.")
     if np.issubdtype(stored.dtype, np.inexact) and not np.isfinite(stored).all():
         raise UserError(f"case {case.name} ({file}) holds NaN or infinite voxels. Repair it, or leave the case out.")
+    return name
 
 
 def _raw_folder(dataset: str | int) -> Path:

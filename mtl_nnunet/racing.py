@@ -25,7 +25,7 @@ from mtl_nnunet.ranking import RankedCheckpoint, Ranking, evaluate, last_epoch, 
 from mtl_nnunet.scores import Features, Score
 from mtl_nnunet.slices import Slices
 
-SHARES = (0.125, 0.25, 0.5, 1.0)
+SHARES = (0.125, 0.1875, 0.25, 0.375, 0.5, 0.75, 1.0)
 FEWEST_PATIENTS = 8
 # of a checkpoint as good as the leader going out in a round; small, since what is out never comes back
 RISK = 0.001
@@ -40,7 +40,7 @@ def race_checkpoints(
     device: str = "cpu",
     precision: str = "auto",
 ) -> tuple[Ranking, float]:
-    """Score checkpoints on an eighth, a quarter, a half and all of the patients, dropping those that are clearly worse.
+    """Score checkpoints on an eighth of the patients, then on more and more, dropping those that are clearly worse.
 
     After each round a checkpoint is out when a paired t test over the patients seen, with the bootstrap's standard error,
     puts it behind the leader at a level of 0.1 %. A round on whose patients the score does not exist puts nobody out.

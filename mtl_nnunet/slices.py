@@ -255,8 +255,7 @@ def _extract(
     voxels, mask, _ = crop_to_nonzero(image.voxels.transpose(order), label)
     taken = _evenly(_not_empty(voxels, case), quota, np.random.default_rng([seed, zlib.crc32(case.name.encode())]))
     # nnU-Net clips resampled values to the range of the whole volume: its extreme slices travel along
-    flat = voxels.reshape(*voxels.shape[:2], -1)
-    extremes = {int(s) for s in (*flat.min(2).argmin(1), *flat.max(2).argmax(1))}
+    extremes = {int(s) for s in (*voxels.min((2, 3)).argmin(1), *voxels.max((2, 3)).argmax(1))}
     positions = sorted(extremes.union(taken))
     schemes = normalization_schemes(dataset.channel_names)
     with_and_without_mask = (False, True) if "ZScoreNormalization" in schemes else (False,)
@@ -287,8 +286,11 @@ def _plane_first(axis: int) -> list[int]:
 
 
 def _not_empty(voxels: np.ndarray, case: Case) -> np.ndarray:
-    of_volume = voxels.reshape(len(voxels), -1).std(1)[:, None]
-    of_slices = voxels.reshape(*voxels.shape[:2], -1).std(2)
+    # slice by slice, since NumPy's deviation of a volume takes another volume of memory
+    slices = range(voxels.shape[1])
+    means = np.stack([voxels[:, s].mean((1, 2), dtype=np.float64) for s in slices], axis=1)
+    of_slices = np.stack([voxels[:, s].std((1, 2), dtype=np.float64) for s in slices], axis=1)
+    of_volume = np.sqrt((of_slices**2).mean(1) + means.var(1))[:, None]
     filled = np.flatnonzero(((of_slices >= EMPTY_SHARE * of_volume) & (of_volume > 0)).any(0))
     if not len(filled):
         raise UserError(
