@@ -49,10 +49,11 @@ def gbc(features: Tensor, labels: np.ndarray, gaussian: str = "spherical") -> Te
     """
     means, variances = [], []
     for c in np.unique(labels):
+        # a copy of its own, also where the features are double already
         x = features[torch.as_tensor(np.flatnonzero(labels == c))].double()
         means.append(x.mean(0))
         # in place, which is faster than torch.var_mean along rows
-        variances.append((x - means[-1]).square_().mean(0))
+        variances.append(x.sub_(means[-1]).square_().mean(0))
     return _separation(torch.stack(means), torch.stack(variances), gaussian)
 
 
