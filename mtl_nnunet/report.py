@@ -89,6 +89,7 @@ def others_text(rankings: Sequence[Ranking]) -> str:
         lines.append(
             f"{name:>{width}}  {ranking.chosen.label:>12}  {ranking.chosen.value:9.4f}  {ranking.random.value:9.4f}  "
             f"{', '.join(c.label for c in ranking.undecided)}"
+            f"{'' if ranking.better(ranking.checkpoints[ranking.best], ranking.random) else '; none beats random weights'}"
         )
     return "\n".join(lines)
 
