@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ from mtl_nnunet.files import sha256
 PLAIN_ENDINGS = (".nii.gz", ".nii", ".png", ".tif", ".tiff", ".bmp", ".jpg", ".jpeg")
 # nnU-Net's spacing for the missing axis of a 2D image
 SLICE_SPACING_OF_2D = 999.0
+# deflate cannot do better than 1032 to 1
+MOST_THAT_GZIP_SHRINKS = 1032
 # of the cases, may be skipped when a user says so
 SKIPPED_SHARE = 0.1
 TRIED_FOR_READER = 20
@@ -422,6 +425,8 @@ def _read_with_monai(files: Sequence[Path], reader: str) -> tuple[np.ndarray, tu
         natural = not file.name.lower().endswith((".nii", ".nii.gz"))
         if natural:
             _refuse_pages(file)
+        else:
+            _refuse_more_than_the_file_holds(file)
         try:
             load = LoadImage(
                 reader=PILReader() if natural else "NibabelReader", image_only=True, ensure_channel_first=True
@@ -440,6 +445,21 @@ def _read_with_monai(files: Sequence[Path], reader: str) -> tuple[np.ndarray, tu
     if len({c.shape[1:] for c in channels}) > 1:
         raise UserError(f"the channels {listed([str(f) for f in files])} differ in shape. Resample them onto one grid.")
     return np.concatenate(channels), spacings[0]
+
+
+def _refuse_more_than_the_file_holds(file: Path) -> None:
+    """A header that states more voxels than there can be makes the reader ask for that much memory."""
+    import nibabel.imageglobals
+
+    try:
+        with nibabel.imageglobals.LoggingOutputSuppressor():
+            data = nibabel.load(file).dataobj
+        stated = abs(math.prod(data.shape)) * data.dtype.itemsize
+        holds = file.stat().st_size * (MOST_THAT_GZIP_SHRINKS if file.name.lower().endswith(".gz") else 1)
+    except Exception as error:
+        raise UserError(_unreadable(file)) from error
+    if stated > holds:
+        raise UserError(_unreadable(file))
 
 
 def _refuse_pages(file: Path) -> None:
