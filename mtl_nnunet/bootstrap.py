@@ -45,7 +45,7 @@ def interval(value: float, sample: np.ndarray, num_patients: int) -> tuple[float
     """The central 95 % of a bootstrap sample, widened for few patients; NaN for fewer than four.
 
     A bootstrap over P patients is too narrow by sqrt((P - 1) / P), and its normal-like quantiles by those of Student's t
-    with P - 1 degrees of freedom: both ends are moved away from the value by as much.
+    with P - 1 degrees of freedom: both ends are moved away from the value by as much, if need be past what the score can be.
 
     Args:
         value: On all patients.
@@ -61,7 +61,7 @@ def interval(value: float, sample: np.ndarray, num_patients: int) -> tuple[float
         return float("nan"), float("nan")
     low, high = np.nanpercentile(sample, INTERVAL)
     widened = stats.t.ppf(0.975, num_patients - 1) / stats.norm.ppf(0.975) * np.sqrt(num_patients / (num_patients - 1))
-    return float(value + widened * (low - value)), float(value + widened * (high - value))
+    return float(low - (widened - 1) * max(0.0, value - low)), float(high + (widened - 1) * max(0.0, high - value))
 
 
 def compare(

@@ -106,16 +106,7 @@ def find_nnunet_dataset(dataset: str | int, skip_bad_cases: bool = False) -> Dat
         )
     cases = _listed_cases(folder, description) if "dataset" in description else _cases_in_folder(folder, ending)
     reasons = {**_missing_channels(cases, folder / "imagesTr"), **_missing_files(cases)}
-    skipped = tuple(sorted(reasons.items()))
-    if skipped and not skip_bad_cases:
-        raise UserError(skipped[0][1])
-    if len(skipped) > SKIPPED_SHARE * len(cases):
-        raise UserError(
-            f"{len(skipped)} of {len(cases)} cases in {folder} cannot be used, more than {SKIPPED_SHARE:.0%}. "
-            f"The first: {skipped[0][1]}"
-        )
-    cases = tuple(case for case in cases if case.name not in reasons)
-    _require_two(cases, folder)
+    cases, skipped = _without_bad_cases(cases, reasons, folder, skip_bad_cases)
     names = _in_order(channels, folder / "dataset.json")
     labels = description.get("labels")
     ignored = labels.get("ignore") if isinstance(labels, dict) else None
@@ -129,7 +120,9 @@ def find_nnunet_dataset(dataset: str | int, skip_bad_cases: bool = False) -> Dat
     )
 
 
-def find_image_folder(path: str | Path, channel_names: Sequence[str] | None = None) -> Dataset:
+def find_image_folder(
+    path: str | Path, channel_names: Sequence[str] | None = None, skip_bad_cases: bool = False
+) -> Dataset:
     """Cases of a plain folder of images, or of a Decathlon/MONAI datalist; read with MONAI.
 
     Files named ``CASE_0000.ext``, ``CASE_0001.ext`` are channels of one case, as in nnU-Net; otherwise every file is a
@@ -138,6 +131,7 @@ def find_image_folder(path: str | Path, channel_names: Sequence[str] | None = No
     Args:
         path: Folder, or a datalist in JSON.
         channel_names: As in nnU-Net's dataset.json, e.g. ``CT``; None takes the datalist's, else none is special.
+        skip_bad_cases: Go on without cases that lack a channel, up to a tenth, and name them in ``Dataset.skipped``.
 
     Raises:
         UserError: Nothing there, not a datalist, or fewer than two cases.
@@ -145,7 +139,7 @@ def find_image_folder(path: str | Path, channel_names: Sequence[str] | None = No
     path = Path(path)
     datalist = path / "dataset.json" if path.is_dir() else path
     if datalist.suffix == ".json" and datalist.is_file():
-        return _dataset_of_datalist(datalist, channel_names)
+        return _dataset_of_datalist(datalist, channel_names, skip_bad_cases)
     if not path.is_dir():
         raise UserError(
             f"no such folder or datalist: {path}. Pass a folder of images or a Decathlon dataset.json with -i."
@@ -159,7 +153,7 @@ def find_image_folder(path: str | Path, channel_names: Sequence[str] | None = No
     for file, stem in stems.items():
         grouped.setdefault(stem[:-5] if as_channels else stem, []).append(file)
     cases = tuple(Case(name, name, tuple(images)) for name, images in sorted(grouped.items()))
-    return _monai_dataset(path.resolve().name, cases, channel_names, path)
+    return _monai_dataset(path.resolve().name, cases, channel_names, path, skip_bad_cases)
 
 
 def with_patients(dataset: Dataset, table: str | Path) -> Dataset:
@@ -203,7 +197,8 @@ def without_validation_cases(dataset: Dataset, fold: int, preprocessed: str | Pa
     """
     from nnunetv2.utilities.crossval_split import generate_crossval_split
 
-    names = sorted(case.name for case in dataset.cases)
+    # nnU-Net splits all cases that are there; one that is skipped here may be mended by then
+    names = sorted([*(case.name for case in dataset.cases), *(name for name, _ in dataset.skipped)])
     file = Path(preprocessed) / "splits_final.json" if preprocessed is not None else None
     if file is not None and file.is_file():
         try:
@@ -478,7 +473,7 @@ def _refuse_pages(file: Path) -> None:
         )
 
 
-def _dataset_of_datalist(datalist: Path, channel_names: Sequence[str] | None) -> Dataset:
+def _dataset_of_datalist(datalist: Path, channel_names: Sequence[str] | None, skip_bad_cases: bool) -> Dataset:
     content = _read_json(datalist, "a Decathlon/MONAI datalist")
     training = content.get("training")
     if not isinstance(training, list) or not all(_is_entry(e) for e in training):
@@ -501,7 +496,7 @@ def _dataset_of_datalist(datalist: Path, channel_names: Sequence[str] | None) ->
     if channel_names is None and isinstance(modality, dict):
         channel_names = _in_order(modality, datalist)
     name = datalist.resolve().parent.name if datalist.name == "dataset.json" else datalist.stem
-    return _monai_dataset(name, tuple(sorted(cases, key=lambda c: c.name)), channel_names, datalist)
+    return _monai_dataset(name, tuple(sorted(cases, key=lambda c: c.name)), channel_names, datalist, skip_bad_cases)
 
 
 def _is_entry(entry: Any) -> bool:
@@ -520,15 +515,16 @@ def _in_order(channels: dict[str, Any], where: Path) -> tuple[str, ...]:
     return tuple(str(channels[k]) for k in sorted(channels, key=int))
 
 
-def _monai_dataset(name: str, cases: tuple[Case, ...], channel_names: Sequence[str] | None, where: Path) -> Dataset:
+def _monai_dataset(
+    name: str, cases: tuple[Case, ...], channel_names: Sequence[str] | None, where: Path, skip_bad_cases: bool
+) -> Dataset:
     _require_two(cases, where)
     names = [case.name for case in cases]
     if len(set(names)) < len(names):
         twice = next(n for n in names if names.count(n) > 1)
         raise UserError(f"{where}: two cases are called {twice}. Give the files different names.")
-    for reason in _missing_channels(cases, where).values():
-        raise UserError(reason)
-    num_channels = len(_read_with_monai(cases[0].images, "monai")[0])
+    cases, skipped = _without_bad_cases(cases, _missing_channels(cases, where), where, skip_bad_cases)
+    num_channels = _num_channels(cases[:TRIED_FOR_READER] if skip_bad_cases else cases[:1])
     if channel_names is None:
         channel_names = [f"channel {i}" for i in range(num_channels)]
     if len(channel_names) != num_channels:
@@ -536,7 +532,34 @@ def _monai_dataset(name: str, cases: tuple[Case, ...], channel_names: Sequence[s
             f"{where}: images have {num_channels} channels, but {len(channel_names)} are named ({listed(list(channel_names))}). "
             "Name each channel."
         )
-    return Dataset(name, cases, tuple(channel_names), "monai")
+    return Dataset(name, cases, tuple(channel_names), "monai", skipped=skipped)
+
+
+def _num_channels(cases: Sequence[Case]) -> int:
+    first: UserError | None = None
+    for case in cases:
+        try:
+            return len(_read_with_monai(case.images, "monai")[0])
+        except UserError as error:
+            first = first or error
+    assert first is not None
+    raise first
+
+
+def _without_bad_cases(
+    cases: tuple[Case, ...], reasons: dict[str, str], where: Path, skip_bad_cases: bool
+) -> tuple[tuple[Case, ...], tuple[tuple[str, str], ...]]:
+    skipped = tuple(sorted(reasons.items()))
+    if skipped and not skip_bad_cases:
+        raise UserError(skipped[0][1])
+    if len(skipped) > SKIPPED_SHARE * len(cases):
+        raise UserError(
+            f"{len(skipped)} of {len(cases)} cases in {where} cannot be used, more than {SKIPPED_SHARE:.0%}. "
+            f"The first: {skipped[0][1]}"
+        )
+    cases = tuple(case for case in cases if case.name not in reasons)
+    _require_two(cases, where)
+    return cases, skipped
 
 
 def _missing_channels(cases: Sequence[Case], where: Path) -> dict[str, str]:

@@ -89,7 +89,8 @@ def find_checkpoints(paths: str | Path | Sequence[str | Path]) -> list[Checkpoin
             files.append(path)
         else:
             raise UserError(f"no such checkpoint file or folder: {path}. Pass a run's folder or its files with -ckpt.")
-    files = list({file.resolve(): file for file in files}.values())
+    # a link is another name for a checkpoint, and told apart below
+    files = list({file.absolute(): file for file in files}.values())
     # closed also when a file is refused, so that the message gets a line of its own
     with tqdm(files, desc="Reading checkpoints", unit="file", file=sys.stderr) as bar:
         found = _without_copies([_describe(file) for file in bar])

@@ -86,11 +86,13 @@ def folder_written_atomically(folder: str | os.PathLike[str], overwrite: bool = 
             file.chmod(0o666 & ~umask)
         if folder.exists():
             old = temporary.with_suffix(".old")
-            os.rename(folder, old)
             try:
+                os.rename(folder, old)
                 os.rename(temporary, folder)
-            except OSError:
-                os.rename(old, folder)
+            except BaseException:
+                # also where the process is asked to end between the two
+                if old.exists() and not folder.exists():
+                    os.rename(old, folder)
                 raise
             shutil.rmtree(old, ignore_errors=True)
         else:

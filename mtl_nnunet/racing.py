@@ -12,6 +12,7 @@ from joblib import delayed
 from scipy import stats
 from tqdm import tqdm
 
+from mtl_nnunet.bootstrap import FEWEST_PATIENTS as FEWEST_FOR_INTERVAL
 from mtl_nnunet.bootstrap import interval
 from mtl_nnunet.cache import Scored
 from mtl_nnunet.checkpoints import Checkpoint, read_contents
@@ -65,12 +66,13 @@ def race_checkpoints(
     if not checkpoints:
         raise UserError("no checkpoint to rank. Pass a run's folder or its files with -ckpt.")
     target = make_target(slices, [score], seed)
+    behind = slices.patients_behind(score.labels)
     order = np.random.default_rng([seed, 2]).permutation(target.num_patients)
     ends = sorted({max(min(FEWEST_PATIENTS, len(order)), round(share * len(order))) for share in SHARES})
     candidates: list[Checkpoint | None] = [*checkpoints, None]
     running = list(range(len(candidates)))
     seen: dict[int, list[Features]] = {i: [] for i in running}
-    out: dict[int, tuple[Scored, int]] = {}
+    out: dict[int, tuple[Scored, tuple[float, float], int]] = {}
     results: dict[int, Scored] = {}
     forwards, start = 0, 0
     parts: list[np.ndarray] = []
@@ -98,13 +100,14 @@ def race_checkpoints(
             continue
         in_play = [i for i in running if candidates[i] is not None]
         if end < ends[-1]:
+            rests_on = int(np.isin(order[:end], behind).sum())
             stay = survivors(
                 [sign * results[i].value for i in in_play],
                 np.stack([sign * results[i].sample for i in in_play]),
-                end,
+                rests_on,
             )
             for i in (in_play[k] for k in range(len(in_play)) if k not in stay):
-                out[i] = (results[i], end)
+                out[i] = (results[i], interval(results[i].value, results[i].sample, rests_on), end)
                 del seen[i]
             running = [i for i in running if i not in out]
     kept = [i for i in running if candidates[i] is not None]
@@ -114,11 +117,10 @@ def race_checkpoints(
         [*(candidates[i] for i in kept), None],
         [*(results[i] for i in kept), results[len(checkpoints)]],
         Rule(),
-        target.num_patients,
+        len(behind),
     )
     by_index = dict(zip(kept, ranking.checkpoints, strict=True))
-    for i, (scored, patients) in out.items():
-        low, high = interval(scored.value, scored.sample, patients)
+    for i, (scored, (low, high), patients) in out.items():
         by_index[i] = RankedCheckpoint(
             candidates[i], scored.value, low, high, 0.0, undecided=False, levels=scored.levels, out_after=patients
         )
@@ -144,7 +146,7 @@ def survivors(values: Sequence[float], samples: np.ndarray, num_patients: int) -
     Args:
         values: Score of each on the patients seen, higher is better, shape (K,).
         samples: Scores on resampled patients, shape (K, B), every draw the same for all; NaN where there is none.
-        num_patients: How many patients were seen, P; a bootstrap's standard error is too small by sqrt((P - 1) / P).
+        num_patients: On how many patients the scores rest, P; below four all stay. A bootstrap's standard error is too small by sqrt((P - 1) / P).
 
     Example:
         >>> samples = np.array([[0.9, 0.8, 0.85], [0.5, 0.6, 0.55], [0.85, 0.9, 0.8]])
@@ -154,7 +156,7 @@ def survivors(values: Sequence[float], samples: np.ndarray, num_patients: int) -
     leader = int(np.argmax(values))
     differences = samples - samples[leader]
     exist = ~np.isnan(differences)
-    if num_patients < 2 or exist.sum(1).min() < 2:
+    if num_patients < FEWEST_FOR_INTERVAL or exist.sum(1).min() < 2:
         return list(range(len(values)))
     errors = np.nanstd(differences, axis=1, ddof=1) * np.sqrt(num_patients / (num_patients - 1))
     reach = stats.t.ppf(1 - RISK, num_patients - 1) * errors

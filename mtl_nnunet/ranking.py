@@ -125,7 +125,7 @@ def rank_checkpoints(
     scores: Score | str | Sequence[Score | str],
     seed: int = 0,
     device: str = "cpu",
-    rule: Rule | str = "best",
+    rule: Rule | str | None = None,
     cache: ResultCache | None = None,
     precision: str = "auto",
 ) -> tuple[Ranking, ...]:
@@ -142,7 +142,7 @@ def rank_checkpoints(
         scores: By which scores, as ``parse_score`` reads them; all share one pass over the slices.
         seed: Seed of views, pixels, bootstrap and random initialisation.
         device: Where the encoder runs: ``cpu``, ``cuda`` or ``mps``.
-        rule: By which rule each ranking chooses, as ``parse_rule`` reads it.
+        rule: By which rule each ranking chooses, as ``parse_rule`` reads it; None for the best score.
         cache: Where results are looked up and kept; None for nowhere.
         precision: ``fp32``, ``bf16``, or ``auto``: bf16 on GPUs that have it.
 
@@ -153,7 +153,7 @@ def rank_checkpoints(
         UserError: A checkpoint that does not fit, a level that the encoder does not have, or not enough patients.
     """
     scores = parse_scores(scores)
-    rule = parse_rule(rule) if isinstance(rule, str) else rule
+    rule = rule if isinstance(rule, Rule) else parse_rule(rule or "best")
     if not checkpoints:
         raise UserError("no checkpoint to rank. Pass a run's folder or its files with -ckpt.")
     if cache is not None:
@@ -187,7 +187,14 @@ def rank_checkpoints(
                         cache.keep(contents[i, score], scored)
                 bar.update()
     return tuple(
-        ranking_of(s, encoder, candidates, [results[i, s] for i in range(len(candidates))], rule, slices.num_patients)
+        ranking_of(
+            s,
+            encoder,
+            candidates,
+            [results[i, s] for i in range(len(candidates))],
+            rule,
+            len(slices.patients_behind(s.labels)),
+        )
         for s in scores
     )
 
@@ -335,7 +342,10 @@ def ranking_of(
     rule: Rule,
     num_patients: int,
 ) -> Ranking:
-    """The ranking of candidates by results of the same bootstrap draws, the random initialisation last of both."""
+    """The ranking of candidates by results of the same bootstrap draws, the random initialisation last of both.
+
+    ``num_patients`` are those that the score rests on: a patient without foreground adds nothing to a score with labels.
+    """
     # from here to the choice, higher is better
     sign = 1.0 if score.higher_is_better else -1.0
     values = [sign * r.value for r in results]

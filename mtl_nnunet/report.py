@@ -159,8 +159,7 @@ def labels_in_words(slices: Slices, fold: int | str | None, can_keep_out: bool) 
     if slices.labels is None:
         return []
     warnings = []
-    segmented = slices.patients[(slices.labels > 0).flatten(1).any(1).numpy()]
-    if (owners := len(set(segmented.tolist()))) < FEW_PATIENTS:
+    if (owners := len(slices.patients_behind(labelled=True))) < FEW_PATIENTS:
         warnings.append(
             f"Only {owners} patients have foreground on their slices: scores with labels rest on these few."
         )

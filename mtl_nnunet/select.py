@@ -151,7 +151,7 @@ def _found(dataset: Dataset | int | str | Path, skip_bad_cases: bool) -> Dataset
     if isinstance(dataset, Dataset):
         return dataset
     if isinstance(dataset, Path) or (isinstance(dataset, str) and os.sep in dataset):
-        return find_image_folder(dataset)
+        return find_image_folder(dataset, skip_bad_cases=skip_bad_cases)
     return find_nnunet_dataset(dataset, skip_bad_cases)
 
 

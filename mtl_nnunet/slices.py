@@ -79,6 +79,13 @@ class Slices:
         """How many patients the slices are of."""
         return int(self.patients.max()) + 1
 
+    def patients_behind(self, labelled: bool) -> np.ndarray:
+        """Indices of the patients that a score rests on: all, or with labels those who have foreground on their slices."""
+        if not labelled or self.labels is None:
+            return np.arange(self.num_patients)
+        segmented = (self.labels > 0).flatten(1).any(1).numpy()
+        return np.unique(self.patients[segmented])
+
 
 @dataclass(frozen=True)
 class _Extract:

@@ -19,14 +19,14 @@ import torch
 from conftest import DEMO_RUN, write_image
 
 from mtl_nnunet.bootstrap import bootstrap_draws
-from mtl_nnunet.cases import find_nnunet_dataset
+from mtl_nnunet.cases import find_image_folder, find_nnunet_dataset, without_validation_cases
 from mtl_nnunet.checkpoints import find_checkpoints
 from mtl_nnunet.cli.select_checkpoint import main
 from mtl_nnunet.errors import UserError
 from mtl_nnunet.parallel import workers
 from mtl_nnunet.racing import RISK, race_checkpoints, survivors
 from mtl_nnunet.ranking import rank_checkpoints, score_encoder
-from mtl_nnunet.scores import parse_score
+from mtl_nnunet.scores import parse_score, parse_scores
 from mtl_nnunet.select import select_checkpoint
 from mtl_nnunet.slices import gather_slices
 
@@ -178,6 +178,64 @@ def test_cases_without_a_label_and_a_broken_first_case_are_skipped_when_told(mak
     assert main([*FEW, "--skip-bad-cases", "--overwrite"]) == 1
 
 
+def test_a_skipped_case_keeps_its_place_in_the_split(make_dataset: Callable[..., Path], tmp_path: Path) -> None:
+    from nnunetv2.utilities.crossval_split import generate_crossval_split
+
+    folder = make_dataset(1, num_cases=12)
+    splits = generate_crossval_split([f"case_{i:02d}" for i in range(12)])
+    (folder / "labelsTr" / "case_03.nii.gz").unlink()
+    dataset = find_nnunet_dataset(1, skip_bad_cases=True)
+    (tmp_path / "splits_final.json").write_text(json.dumps([{k: list(v) for k, v in s.items()} for s in splits]))
+    for where in (None, tmp_path):
+        for fold in range(5):
+            kept = {c.name for c in without_validation_cases(dataset, fold, where).cases}
+            assert kept == set(splits[fold]["train"]) - {"case_03"}
+
+
+def test_a_broken_first_image_of_a_folder_is_skipped_when_told(make_dataset: Callable[..., Path]) -> None:
+    images = make_dataset(1, num_cases=12) / "imagesTr"
+    first = images / "case_00_0000.nii.gz"
+    first.write_bytes(first.read_bytes()[:300])
+    with pytest.raises(UserError, match="case_00"):
+        find_image_folder(images)
+    slices = gather_slices(find_image_folder(images, skip_bad_cases=True), 24, skip_bad_cases=True)
+    assert [name for name, _ in slices.skipped] == ["case_00"]
+
+
+def test_a_link_to_the_last_epoch_is_no_epoch_of_its_own(tmp_path: Path) -> None:
+    run = shutil.copytree(DEMO_RUN, tmp_path / "run")
+    (run / "last.pth.tar").symlink_to(run / "checkpoint-39.pth.tar")
+    (run / "model_best.pth.tar").symlink_to(run / "checkpoint-25.pth.tar")
+    assert all(c.path.name.startswith("checkpoint-") for c in find_checkpoints(run))
+
+
+def test_an_end_between_the_two_renames_keeps_the_old_selection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mtl_nnunet.files import folder_written_atomically
+
+    folder = tmp_path / "selection"
+    folder.mkdir()
+    (folder / "old").write_text("old")
+    rename, calls = os.rename, []
+
+    def ends(a: Any, b: Any) -> None:
+        calls.append(a)
+        if len(calls) == 2:
+            raise SystemExit(143)
+        rename(a, b)
+
+    monkeypatch.setattr(os, "rename", ends)
+    with pytest.raises(SystemExit), folder_written_atomically(folder, overwrite=True) as temporary:
+        (temporary / "new").write_text("new")
+    assert [p.name for p in tmp_path.iterdir()] == ["selection"]
+    assert (folder / "old").read_text() == "old"
+
+
+def test_one_score_on_two_kinds_of_views_is_two_scores() -> None:
+    assert len(parse_scores([parse_score("contrastive"), parse_score("contrastive", "paper")])) == 2
+
+
 def test_a_case_with_nothing_in_it_is_named(
     make_dataset: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -299,11 +357,15 @@ def test_a_race_goes_on_where_the_first_patients_lack_a_class(make_dataset: Call
         if i not in order[-3:]:
             write_image(folder / "labelsTr" / f"case_{i:02d}.nii.gz", np.zeros((12, 40, 36), np.uint8), (2.0, 1.0, 1.0))
     slices = gather_slices(find_nnunet_dataset(1), 48, with_labels=True)
+    assert sorted(slices.patients_behind(labelled=True)) == sorted(order[-3:])
+    assert len(slices.patients_behind(labelled=False)) == 16
     checkpoints = find_checkpoints(DEMO_RUN)
     for name in ("logme", "ccfv", "probe"):
         (full,) = rank_checkpoints(checkpoints, "test_resnet", slices, name)
-        raced, _ = race_checkpoints(checkpoints, "test_resnet", slices, parse_score(name))
-        assert raced.chosen.label in [c.label for c in full.undecided]
+        assert all(c.undecided and np.isnan(c.low) for c in full.checkpoints), "three patients decide nothing"
+        raced, share = race_checkpoints(checkpoints, "test_resnet", slices, parse_score(name))
+        assert share == 1
+        assert raced.chosen.label == full.chosen.label
 
 
 @pytest.mark.parametrize("num_patients", [8, 16, 64])
@@ -316,6 +378,19 @@ def test_of_two_equal_checkpoints_a_round_drops_one_as_seldom_as_stated(num_pati
         dropped += len(survivors(terms.mean(1).tolist(), terms @ draws.T / num_patients, num_patients)) < 2
     # either may be dropped; the bound is four standard errors above
     assert dropped / 2000 < 2 * RISK + 4 * np.sqrt(2 * RISK / 2000)
+
+
+def test_patients_without_foreground_do_not_make_a_race_surer() -> None:
+    rng = np.random.default_rng(0)
+    draws = bootstrap_draws(8, 500, 0)
+    dropped = 0
+    for _ in range(300):
+        terms = np.zeros((2, 8))
+        terms[:, :4] = rng.normal(size=(2, 4))
+        dropped += len(survivors(terms.mean(1).tolist(), terms @ draws.T / 8, num_patients=4)) < 2
+    assert dropped <= 3
+    samples = np.array([[0.9, 0.91], [0.1, 0.11]])
+    assert survivors([0.9, 0.1], samples, num_patients=3) == [0, 1]
 
 
 def test_draws_without_a_score_put_nobody_out() -> None:

@@ -130,7 +130,9 @@ def select(args: argparse.Namespace) -> None:
         raise UserError("-address goes with -backend dask or ray.")
     device = _device(args.device)
     dataset = (
-        find_nnunet_dataset(args.d, args.skip_bad_cases) if args.d else find_image_folder(args.i, args.channel_names)
+        find_nnunet_dataset(args.d, args.skip_bad_cases)
+        if args.d
+        else find_image_folder(args.i, args.channel_names, args.skip_bad_cases)
     )
     if args.patients:
         dataset = with_patients(dataset, args.patients)

@@ -292,7 +292,7 @@ def parse_scores(scores: Score | str | Sequence[Score | str]) -> list[Score]:
     parsed = [parse_score(s) if isinstance(s, str) else s for s in named]
     if not parsed:
         raise UserError(f"no score is named. Available: {listed(sorted(SCORES), len(SCORES))}.")
-    if len({s.text for s in parsed}) < len(parsed):
+    if len({(s.text, s.views, s.strength) for s in parsed}) < len(parsed):
         raise UserError("the same score is named twice. Name each once, or change a parameter.")
     return parsed
 
