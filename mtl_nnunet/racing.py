@@ -146,7 +146,8 @@ def survivors(values: Sequence[float], samples: np.ndarray, num_patients: int) -
     Args:
         values: Score of each on the patients seen, higher is better, shape (K,).
         samples: Scores on resampled patients, shape (K, B), every draw the same for all; NaN where there is none.
-        num_patients: On how many patients the scores rest, P; below four all stay. A bootstrap's standard error is too small by sqrt((P - 1) / P).
+        num_patients: On how many patients the scores rest, P; below four all stay. A bootstrap's standard error is too
+            small by sqrt((P - 1) / P).
 
     Example:
         >>> samples = np.array([[0.9, 0.8, 0.85], [0.5, 0.6, 0.55], [0.85, 0.9, 0.8]])

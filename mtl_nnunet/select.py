@@ -156,8 +156,10 @@ def _found(dataset: Dataset | int | str | Path, skip_bad_cases: bool) -> Dataset
 
 
 def _parsed_fold(fold: Any) -> int | str | None:
-    if fold is None or fold == "all":
-        return fold if fold is None else "all"
+    if fold is None:
+        return None
+    if fold == "all":
+        return "all"
     try:
         return int(fold) if isinstance(fold, str) else operator.index(fold)
     except (TypeError, ValueError):
