@@ -12,8 +12,10 @@ import timm
 import torch
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mtl_nnunet.errors import UserError, listed
+from mtl_nnunet.inflation import Depth, inflate
 
 MIN_LEVELS = 3
 SUPPORTED = "ResNet, ConvNeXt, EfficientNet, RegNet, MobileNetV3 or Swin"
@@ -22,36 +24,60 @@ SUPPORTED = "ResNet, ConvNeXt, EfficientNet, RegNet, MobileNetV3 or Swin"
 class TimmEncoder(nn.Module):
     """The feature maps of a timm network, shallow to deep.
 
-    Parameters keep timm's names (under ``timm.model.``), so that a checkpoint of the classifier loads strictly.
+    In 2D, parameters keep timm's names (under ``timm.model.``), so that a checkpoint of the classifier loads strictly.
 
     Args:
         name: timm's name of the architecture, e.g. ``resnet50`` or ``convnext_tiny``.
         input_channels: Channels of the images.
+        label_channels: Further channels that hold no image, such as the segmentation of a cascade's first stage. Weights
+            of a checkpoint leave them at zero, so that training starts from what the images alone give.
+        depth: Makes it three-dimensional; None for 2D.
 
     Attributes:
         name: As given.
         input_channels: As given.
+        label_channels: As given.
+        depth: As given.
         output_channels: Channels of each feature map.
-        reductions: How many times smaller each feature map is than the image, per side.
+        reductions: How many times smaller each feature map is than the image, per side (in the plane).
         source: Where its weights come from, or None at random initialisation.
+        frozen_statistics: BatchNorm normalises by its running statistics and leaves them alone, also in training mode.
 
     Raises:
-        UserError: timm does not know the name, or the network has no pyramid of three or more levels.
+        UserError: timm does not know the name, the network has no pyramid of three or more levels, or cannot be made
+            three-dimensional.
     """
 
-    def __init__(self, name: str, input_channels: int = 3):
+    def __init__(self, name: str, input_channels: int = 3, label_channels: int = 0, depth: Depth | None = None):
         super().__init__()
         self.name = name
         self.input_channels = input_channels
+        self.label_channels = label_channels
+        self.depth = depth
         self.source: str | None = None
-        self.timm: Any = _feature_pyramid(name, input_channels)
+        self.frozen_statistics = False
+        self.timm: Any = _feature_pyramid(name, input_channels + label_channels)
         self.output_channels: tuple[int, ...] = tuple(self.timm.feature_info.channels())
         self.reductions: tuple[int, ...] = tuple(self.timm.feature_info.reduction())
+        if depth is not None:
+            inflate(self.timm.model, name, input_channels + label_channels, depth)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Feature maps of images (N, C, H, W), shallow to deep, each (N, channels, H / reduction, W / reduction)."""
+        """Feature maps of images (N, C, H, W), shallow to deep, each (N, channels, H / reduction, W / reduction).
+
+        In 3D (N, C, D, H, W), the depth reduced as ``depth`` says.
+        """
         features: list[Tensor] = self.timm(images)
         return features
+
+    def train(self, mode: bool = True) -> TimmEncoder:
+        """Training or evaluation mode; frozen statistics stay frozen, which nnU-Net's ``network.train()`` would undo."""
+        super().train(mode)
+        if self.frozen_statistics:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
 
     def first_levels(self, images: Tensor, num_levels: int) -> list[Tensor]:
         """The ``num_levels`` shallowest feature maps; layers beyond them are not run."""
@@ -83,6 +109,13 @@ class TimmEncoder(nn.Module):
         Raises:
             UserError: Missing, surplus or misshapen tensors, or values that are not finite.
         """
+        if self.depth is not None:
+            flat = TimmEncoder(self.name, self.input_channels, self.label_channels)
+            surplus = flat.load_weights(weights, source)
+            inflate(flat.timm.model, self.name, self.input_channels + self.label_channels, self.depth)
+            self.timm.model.load_state_dict(flat.timm.model.state_dict())
+            self.source = source
+            return surplus
         own = self.timm.model.state_dict()
         weights = self._with_adapted_input(weights, own)
         advice = "Pass the architecture it was trained with: -encoder NAME."
@@ -128,9 +161,13 @@ class TimmEncoder(nn.Module):
         for layer in _first_convolutions(self.timm.model):
             key = f"{layer}.weight"
             if key in adapted and key in own and adapted[key].ndim == 4:
-                per_channel = own[key].shape[1] // self.input_channels
-                if adapted[key].shape[1] == 3 * per_channel and own[key].shape[1] != adapted[key].shape[1]:
+                per_channel = own[key].shape[1] // (self.input_channels + self.label_channels)
+                if adapted[key].shape[1] == 3 * per_channel and self.input_channels != 3:
                     adapted[key] = adapt_input_conv(self.input_channels, adapted[key].clone())
+                if self.label_channels and adapted[key].shape[1] == self.input_channels * per_channel:
+                    kernel = adapted[key]
+                    labels = kernel.new_zeros(kernel.shape[0], self.label_channels * per_channel, *kernel.shape[2:])
+                    adapted[key] = torch.cat([kernel, labels], dim=1)
         return adapted
 
 

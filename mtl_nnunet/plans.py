@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,17 @@ from mtl_nnunet.files import to_json, write_text
 from mtl_nnunet.selection import DEFAULT_FOLDER, Selection, read_selection
 
 RECORD_KEY = "mtl_nnunet"
+RECIPE_KEY = "recipe"
+DEFAULT_INFLATION = "centred"
 NETWORK = "mtl_nnunet.network.TimmUNet"
 
 
 def with_timm_unet(plans: dict[str, Any], configuration: str, record: dict[str, Any]) -> dict[str, Any]:
-    """Plans whose 2D configuration names TimmUNet with the selected encoder.
+    """Plans whose configuration names TimmUNet with the selected encoder.
 
     Everything that concerns the preprocessed data stays, so that nothing has to be preprocessed again; the patch size
-    is rounded up to a multiple of the encoder's deepest reduction.
+    is rounded up to a multiple of the encoder's deepest reduction. In 3D the encoder is inflated, with the strides and kernels
+    along the first axis that nnU-Net planned for its own network.
 
     Args:
         plans: nnU-Net's plans; not changed.
@@ -31,36 +35,42 @@ def with_timm_unet(plans: dict[str, Any], configuration: str, record: dict[str, 
         New plans.
 
     Raises:
-        UserError: No such configuration, a 3D one, or a cascade.
+        UserError: No such configuration, plans of another version of nnU-Net, or an encoder that cannot be made
+            three-dimensional.
     """
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
-    from mtl_nnunet.encoder import TimmEncoder
-    from mtl_nnunet.network import strides_of
 
     if configuration not in plans["configurations"]:
         raise UserError(
             f"the plans '{plans.get('plans_name')}' have no configuration '{configuration}', only "
             f"{listed(sorted(plans['configurations']))}."
         )
-    resolved = PlansManager(deepcopy(plans)).get_configuration(configuration)
-    if len(resolved.patch_size) != 2 or resolved.previous_stage_name is not None:
+    try:
+        resolved = PlansManager(deepcopy(plans)).get_configuration(configuration)
+        patch_size = [int(s) for s in resolved.patch_size]
+        planned = dict(resolved.network_arch_init_kwargs)
+        by_us = resolved.network_arch_class_name == NETWORK
+        num_levels = len(planned["strides"])
+        kernel_sizes = planned.get("kernel_sizes") or [[3] * len(patch_size)] * num_levels
+        is_cascade = resolved.previous_stage_name is not None
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"configuration '{configuration}' is not 2D: MTLTrainer trains 2D configurations for now. "
-            "Use -c 2d, or nnU-Net's own trainer."
-        )
-    encoder = TimmEncoder(record["encoder"], record["input_channels"])
-    arch_kwargs = {"encoder": record["encoder"], "strides": strides_of(encoder), "n_conv_per_stage_decoder": 2}
-    if resolved.network_arch_class_name == NETWORK:
-        # plans that somebody wrote for TimmUNet may widen its stem or deepen its decoder
-        arch_kwargs = {
-            **resolved.network_arch_init_kwargs,
-            "encoder": record["encoder"],
-            "strides": strides_of(encoder),
-        }
+            f"configuration '{configuration}' of the plans '{plans.get('plans_name')}' cannot be read ({error!r}): they are of another "
+            "version of nnU-Net. Plan the dataset again with nnUNetv2_plan_experiment."
+        ) from error
     changed = deepcopy(plans)
+    # plans that somebody wrote for TimmUNet may widen its stem, deepen its decoder or inflate in another way
+    kept = {
+        k: v for k, v in planned.items() if by_us and k in ("n_conv_per_stage_decoder", "stem_channels", "inflation")
+    }
+    inflation = kept.get("inflation", DEFAULT_INFLATION)
+    shape, multiples = _encoder_shape(record["encoder"], planned["strides"], kernel_sizes, inflation)
+    arch_kwargs = {"encoder": record["encoder"], **shape, "n_conv_per_stage_decoder": 2, **kept}
+    if is_cascade:
+        # the rest is the first stage's segmentation, which no ImageNet kernel fits
+        arch_kwargs["image_channels"] = record["input_channels"]
     changed["configurations"][configuration].update(
-        patch_size=[_round_up(int(s), encoder.reductions[-1]) for s in resolved.patch_size],
+        patch_size=[_round_up(s, m) for s, m in zip(patch_size, multiples, strict=True)],
         architecture={"network_class_name": NETWORK, "arch_kwargs": arch_kwargs, "_kw_requires_import": []},
     )
     changed[RECORD_KEY] = record
@@ -106,8 +116,9 @@ def write_plans(
     new_name: str,
     selection_folder: str | None = None,
     overwrite: bool = False,
+    recipe: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write plans of another name whose 2D configurations start from a selection.
+    """Write plans of another name whose configurations start from a selection.
 
     Args:
         dataset_name: nnU-Net's folder name.
@@ -115,12 +126,13 @@ def write_plans(
         new_name: Name of the new plans, for nnU-Net's ``-p``.
         selection_folder: Which selection; None for the dataset's own.
         overwrite: Replace plans of that name.
+        recipe: Hyper-parameters that trainings from these plans use; None for the defaults.
 
     Returns:
-        The file written.
+        The file written. 3D configurations of an encoder that is 2D only stay as they are.
 
     Raises:
-        UserError: No such plans or selection, no 2D configuration, or plans of the new name exist.
+        UserError: No such plans or selection, no configuration that the encoder fits, or plans of the new name exist.
     """
     folder = preprocessed_folder(dataset_name)
     source, target = folder / f"{plans_name}.json", folder / f"{new_name}.json"
@@ -130,19 +142,44 @@ def write_plans(
         raise UserError(f"plans '{new_name}' exist already. Choose another name with -o, or pass --overwrite.")
     try:
         plans = json.loads(source.read_text(encoding="utf-8"))
-        flat = [n for n, c in plans["configurations"].items() if len(c.get("patch_size", ())) == 2]
+        configurations = list(plans["configurations"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{source} is no plans file of nnU-Net v2 ({error!r}). Plan the dataset again.") from error
-    if not flat:
-        raise UserError(f"{source} has no 2D configuration. Plan one with nnUNetv2_plan_experiment.")
     selection = read_selection(selection_folder or folder / DEFAULT_FOLDER)
     # relative, so that the preprocessed folder can move
-    record = {**selection.record(), "folder": os.path.relpath(selection.folder, folder)}
+    record = {**selection.record(), "folder": os.path.relpath(selection.folder, folder), RECIPE_KEY: dict(recipe or {})}
     plans["plans_name"] = new_name
-    for configuration in flat:
-        plans = with_timm_unet(plans, configuration, record)
+    changed, refused = 0, None
+    for configuration in configurations:
+        try:
+            plans = with_timm_unet(plans, configuration, record)
+            changed += 1
+        except UserError as error:
+            refused = error
+    if not changed:
+        raise refused or UserError(f"{source} has no configuration. Plan one with nnUNetv2_plan_experiment.")
     write_text(target, to_json(plans))
     return target
+
+
+def _encoder_shape(
+    name: str, strides: Sequence[Sequence[int]], kernel_sizes: Sequence[Sequence[int]], inflation: str
+) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """Architecture arguments that follow from the encoder, and what each side of the patch must be a multiple of."""
+    from mtl_nnunet.encoder import TimmEncoder
+    from mtl_nnunet.inflation import depth_of_plans
+    from mtl_nnunet.network import strides_of
+
+    flat = TimmEncoder(name)
+    deepest = flat.reductions[-1]
+    if len(strides[0]) == 2:
+        return {"strides": strides_of(flat)}, (deepest, deepest)
+    depth = depth_of_plans(strides, kernel_sizes, flat.reductions, inflation)
+    return {
+        "strides": strides_of(TimmEncoder(name, depth=depth)),
+        "kernel_sizes": [[k, 3, 3] for k in depth.kernel_sizes],
+        "inflation": inflation,
+    }, (depth.depth_reductions[-1], deepest, deepest)
 
 
 def _round_up(size: int, multiple: int) -> int:

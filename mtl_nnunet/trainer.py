@@ -1,24 +1,37 @@
-"""nnU-Net trainers that start from the selected encoder."""
+"""MTLTrainer: nnU-Net's trainer, starting from the selected encoder."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+from unittest import mock
 
 import numpy as np
+import timm.layers
 import torch
 from nnunetv2.paths import nnUNet_results
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from mtl_nnunet import __version__
 from mtl_nnunet.errors import UserError
 from mtl_nnunet.files import to_json, write_text, written_atomically
-from mtl_nnunet.plans import RECORD_KEY, selection_of, with_timm_unet
+from mtl_nnunet.plans import RECIPE_KEY, RECORD_KEY, selection_of, with_timm_unet
+from mtl_nnunet.recipe import (
+    RECIPE_VARIABLE,
+    EpochwiseLR,
+    Recipe,
+    optimizer_of,
+    parameter_groups,
+    recipe,
+    recipe_of_environment,
+)
 from mtl_nnunet.selection import Selection, load_selected_encoder
 
 RECORD_FILE = "mtl_selection.json"
@@ -31,12 +44,16 @@ TRAINER_NAME_FOR_PREDICTION = "nnUNetTrainer"
 class MTLTrainer(nnUNetTrainer):
     """nnU-Net's trainer with TimmUNet, starting from the dataset's selection.
 
-    AdamW; the pretrained encoder learns at a tenth of the decoder's rate; linear warm-up, then nnU-Net's polynomial
-    decay, applied to every group by the same factor so that the groups keep their ratio.
+    How it learns is a ``Recipe``: the defaults, changed by the plans, by ``MTL_RECIPE``, and by what defines a variant.
+    It takes part in multiple inheritance: ``class Mine(MTLTrainer, nnUNetTrainerDA5)`` is both.
+
+    Attributes:
+        load_encoder: Whether the encoder starts from the selection or from random weights.
+        fixed: Hyper-parameters that make a variant what it is.
     """
 
     load_encoder = True
-    encoder_lr_factor = 0.1
+    fixed: ClassVar[dict[str, Any]] = {}
 
     def __init__(
         self,
@@ -49,19 +66,26 @@ class MTLTrainer(nnUNetTrainer):
         plans = deepcopy(plans)
         self.selection: Selection | None = None
         self.resuming = False
-        record = self._selected(plans, configuration, fold, dataset_json)
-        plans = with_timm_unet(
-            plans, configuration, {**record, "trainer": type(self).__name__, "trained_with": __version__}
-        )
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.initial_lr = 1e-3
-        self.weight_decay = 1e-2
-        self.warmup_epochs = 10
+        self.recipe = recipe(plans.get(RECORD_KEY, {}).get(RECIPE_KEY, {}), recipe_of_environment(), self.fixed)
+        record = {
+            **self._selected(plans, configuration, fold, dataset_json),
+            RECIPE_KEY: asdict(self.recipe),
+            "trainer": type(self).__name__,
+            "trained_with": __version__,
+        }
+        super().__init__(with_timm_unet(plans, configuration, record), configuration, fold, dataset_json, device)
+        self.initial_lr = self.recipe.lr
+        self.weight_decay = self.recipe.weight_decay
+        # a run that is killed loses the epoch in progress and no more
+        self.save_every = 1
         self._set_iterations()
 
     def initialize(self) -> None:
         """Build the network and, unless a checkpoint follows, load the selected encoder into it."""
-        super().initialize()
+        # what a subclass sets in nnU-Net's own way counts
+        self._adopt(replace(self.recipe, lr=self.initial_lr, weight_decay=self.weight_decay))
+        with _sync_batch_norm_keeps_activations():
+            super().initialize()
         network = self._bare_network()
         record = self.plans_manager.plans[RECORD_KEY]
         if self.resuming:
@@ -74,39 +98,43 @@ class MTLTrainer(nnUNetTrainer):
             load_selected_encoder(self.selection, network.encoder)
             self.print_to_log_file(f"Encoder weights: {self.selection.summary}.")
         self.print_to_log_file(
-            f"Recipe: AdamW, weight decay {self.weight_decay:g}, {self._warmup()} warm-up epochs, poly decay over "
-            f"{self.num_epochs} epochs of {self.num_iterations_per_epoch} iterations; learning rate "
-            f"{self.initial_lr:g}, encoder {self.initial_lr * self.encoder_lr_factor:g}; patch size "
-            f"{list(self.configuration_manager.patch_size)}."
+            f"Recipe: {self.recipe.summary}; {self._warmup()} of {self.num_epochs} epochs of "
+            f"{self.num_iterations_per_epoch} iterations are warm-up, then poly decay; patch size "
+            f"{list(self.configuration_manager.patch_size)}, batch size {self.batch_size}."
         )
+        if self.fixed:
+            fixed = ", ".join(f"{k}={v}" for k, v in self.fixed.items())
+            self.print_to_log_file(f"{type(self).__name__} fixes {fixed}.")
 
-    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, LambdaLR]:
-        """AdamW with the encoder in a group of its own; biases and norms are not decayed."""
-        network = self._bare_network()
-        # nnU-Net calls this before it converts the network for several GPUs
-        if self.is_ddp and any(type(m).__name__.startswith("BatchNormAct") for m in network.encoder.modules()):
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, EpochwiseLR]:
+        """The recipe's optimiser and a schedule that keeps the ratio of the groups' rates."""
+        optimizer = optimizer_of(parameter_groups(self._bare_network(), self.recipe), self.recipe)
+        return optimizer, EpochwiseLR(optimizer, self.num_epochs, self._warmup(), self._frozen_epochs())
+
+    def on_train_epoch_start(self) -> None:
+        """Before nnU-Net switches to training mode, say which statistics stay as they are."""
+        frozen = self.current_epoch < self._frozen_epochs()
+        self._bare_network().encoder.frozen_statistics = frozen or self.recipe.batch_norm == "frozen"
+        super().on_train_epoch_start()
+
+    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """nnU-Net's, with one message where memory runs out.
+
+        Raises:
+            UserError: Out of memory.
+        """
+        try:
+            done: dict[str, Any] = super().train_step(batch)
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            patch = "x".join(str(s) for s in self.configuration_manager.patch_size)
             raise UserError(
-                f"encoder '{network.encoder.name}' cannot be trained on several GPUs yet: nnU-Net's conversion to SyncBatchNorm "
-                "would drop its activations. Train on one GPU, or use a ResNet or ConvNeXt."
-            )
-        encoder = {id(p) for p in network.encoder.parameters()}
-        groups: list[dict[str, Any]] = []
-        for name, in_encoder, lr in (
-            ("decoder", False, self.initial_lr),
-            ("encoder", True, self.initial_lr * self.encoder_lr_factor),
-        ):
-            parameters = [p for p in network.parameters() if (id(p) in encoder) == in_encoder and p.requires_grad]
-            for decayed in (True, False):
-                groups.append(
-                    {
-                        "name": f"{name}, {'decayed' if decayed else 'not decayed'}",
-                        "params": [p for p in parameters if (p.ndim > 1) == decayed],
-                        "lr": lr,
-                        "weight_decay": self.weight_decay if decayed else 0.0,
-                    }
-                )
-        optimizer = torch.optim.AdamW(groups)
-        return optimizer, EpochwiseLR(optimizer, self.num_epochs, self._warmup())
+                f"out of memory on {self.device} with batches of {self.batch_size} patches of {patch} ({self.configuration_name}, encoder "
+                f"{self._bare_network().encoder.name}). Plan a smaller batch: mtl-nnunet plans -gpu_memory_target GB, then -p; "
+                "or select a smaller encoder."
+            ) from error
+        return done
 
     def on_train_start(self) -> None:
         """Take possession of the model folder before nnU-Net writes its plans there."""
@@ -150,6 +178,15 @@ class MTLTrainer(nnUNetTrainer):
         record = self.plans_manager.plans[RECORD_KEY]
         if begun_from != record["encoder_sha256"]:
             raise UserError(_other_selection(Path(filename_or_checkpoint).parent, begun_from, record["encoder_sha256"]))
+        begun_with = recipe(
+            checkpoint["init_args"]["plans"][RECORD_KEY].get(RECIPE_KEY, {}), where=filename_or_checkpoint
+        )
+        if begun_with != self.recipe:
+            self.print_to_log_file(
+                f"This fold goes on with the recipe it was begun with; what {RECIPE_VARIABLE} or the plans say now is left aside: "
+                f"{self.recipe.summary}."
+            )
+            self._adopt(begun_with)
         self.resuming = True
         super().load_checkpoint(filename_or_checkpoint)
 
@@ -212,6 +249,13 @@ class MTLTrainer(nnUNetTrainer):
         begun_from = str(begun["encoder_sha256"]) if begun else None
         if begun_from != record["encoder_sha256"]:
             raise UserError(_other_selection(folder, begun_from, record["encoder_sha256"]))
+        begun_with = begun.get(RECIPE_KEY, record[RECIPE_KEY]) if begun else record[RECIPE_KEY]
+        if begun_with != record[RECIPE_KEY]:
+            differing = ", ".join(f"{k}={v}" for k, v in begun_with.items() if v != record[RECIPE_KEY].get(k))
+            self.print_to_log_file(
+                f"Warning: the first fold of this model was begun with another recipe ({differing}). Folds of one model are "
+                "comparable only with the same recipe."
+            )
 
     def _set_iterations(self) -> None:
         """Iterations per epoch from the environment: the way to train on a CPU without a class of one's own."""
@@ -227,8 +271,16 @@ class MTLTrainer(nnUNetTrainer):
         self.num_iterations_per_epoch = int(numbers[0])
         self.num_val_iterations_per_epoch = int(numbers[-1]) if len(numbers) > 1 else max(1, int(numbers[0]) // 5)
 
+    def _adopt(self, how: Recipe) -> None:
+        self.recipe = how
+        self.initial_lr, self.weight_decay = how.lr, how.weight_decay
+        self.plans_manager.plans[RECORD_KEY][RECIPE_KEY] = asdict(how)
+
     def _warmup(self) -> int:
-        return int(min(self.warmup_epochs, self.num_epochs // 10))
+        return int(min(self.recipe.warmup_epochs, self.num_epochs // 10))
+
+    def _frozen_epochs(self) -> int:
+        return self.num_epochs if self.recipe.frozen_epochs == "all" else int(self.recipe.frozen_epochs)
 
     def _bare_network(self) -> Any:
         network: Any = (
@@ -237,76 +289,15 @@ class MTLTrainer(nnUNetTrainer):
         return getattr(network, "_orig_mod", network)
 
 
-class MTLTrainerScratch(MTLTrainer):
-    """The same network and recipe from random weights, for a fair comparison.
-
-    Random weights have nothing to preserve, so the encoder learns at the full rate.
-    """
-
-    load_encoder = False
-    encoder_lr_factor = 1.0
+@contextmanager
+def _sync_batch_norm_keeps_activations() -> Iterator[None]:
+    """For several GPUs nnU-Net calls torch's converter, which would drop the activation inside timm's BatchNormAct2d."""
+    with mock.patch.object(nn.SyncBatchNorm, "convert_sync_batchnorm", timm.layers.convert_sync_batchnorm):
+        yield
 
 
-class EpochwiseLR(LambdaLR):
-    """Linear warm-up, then nnU-Net's polynomial decay, as one factor on each group's own rate.
-
-        f(e) = (e + 1) / (w + 1)                     e < w
-        f(e) = (1 - (e - w) / (E - w))^0.9           e >= w
-
-    nnU-Net calls ``step(epoch)`` with the epoch it is about to train, also after resuming; its own schedulers write one
-    rate into every group, which would undo the groups.
-
-    Args:
-        optimizer: Its groups' ``lr`` are the rates at factor 1.
-        num_epochs: E.
-        warmup_epochs: w.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer, num_epochs: int, warmup_epochs: int = 0):
-        def factor(epoch: int) -> float:
-            if epoch < warmup_epochs:
-                return (epoch + 1) / (warmup_epochs + 1)
-            remaining = max(0.0, 1 - (epoch - warmup_epochs) / (num_epochs - warmup_epochs))
-            return float(remaining**0.9)
-
-        super().__init__(optimizer, factor)
-
-    def step(self, epoch: int | None = None) -> None:
-        """Set every group's rate for an epoch; without one, for the next."""
-        self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
-        rates = [base * f(self.last_epoch) for base, f in zip(self.base_lrs, self.lr_lambdas, strict=True)]
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-        self._last_lr = rates
-
-
-def _short(trainer: type[MTLTrainer], epochs: int) -> type[MTLTrainer]:
-    name = f"{trainer.__name__}_{epochs}epoch{'' if epochs == 1 else 's'}"
-
-    def __init__(
-        self: MTLTrainer,
-        plans: dict[str, Any],
-        configuration: str,
-        fold: int,
-        dataset_json: dict[str, Any],
-        device: torch.device = torch.device("cuda"),  # noqa: B008
-    ) -> None:
-        trainer.__init__(self, plans, configuration, fold, dataset_json, device)
-        self.num_epochs = epochs
-
-    return type(
-        name,
-        (trainer,),
-        {"__init__": __init__, "__module__": __name__, "__doc__": f"{trainer.__name__} for {epochs} epochs."},
-    )
-
-
-MTLTrainer_1epoch = _short(MTLTrainer, 1)
-MTLTrainer_5epochs = _short(MTLTrainer, 5)
-MTLTrainer_10epochs = _short(MTLTrainer, 10)
-MTLTrainerScratch_1epoch = _short(MTLTrainerScratch, 1)
-MTLTrainerScratch_5epochs = _short(MTLTrainerScratch, 5)
-MTLTrainerScratch_10epochs = _short(MTLTrainerScratch, 10)
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _model_folder(trainer: str, plans: dict[str, Any], configuration: str) -> Path:

@@ -20,12 +20,14 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from timm.models import adapt_input_conv
 
-import mtl_nnunet.trainer as trainers
+import mtl_nnunet.variants as trainers
 from mtl_nnunet.checkpoints import read_contents
 from mtl_nnunet.cli.main import trainers_folder
 from mtl_nnunet.cli.select_checkpoint import main as select
 from mtl_nnunet.errors import UserError
-from mtl_nnunet.trainer import EpochwiseLR, MTLTrainer, MTLTrainer_5epochs, MTLTrainerScratch_1epoch
+from mtl_nnunet.recipe import EpochwiseLR
+from mtl_nnunet.trainer import MTLTrainer
+from mtl_nnunet.variants import VARIANTS
 
 CPU = torch.device("cpu")
 NAME = "Dataset007_Phantom"
@@ -107,13 +109,13 @@ def test_nnunet_finds_every_class_that_the_folder_of_trainers_exports(
     (tmp_path / "somebody_elses_trainer.py").write_text("class NotThisOne: pass\n")
     monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join([str(tmp_path), str(trainers_folder())]))
     ours = [n for n, c in vars(trainers).items() if isinstance(c, type) and issubclass(c, MTLTrainer)]
-    assert len(ours) == 8
+    assert len(ours) == 45
     for name in ours:
         assert recursive_find_trainer_class_by_name(name) is getattr(trainers, name)
 
 
 def test_constructor_has_the_signature_that_nnunet_records() -> None:
-    for cls in (MTLTrainer, MTLTrainer_5epochs, MTLTrainerScratch_1epoch):
+    for cls in (MTLTrainer, VARIANTS["MTLTrainer_5epochs"], VARIANTS["MTLTrainerScratch_1epoch"]):
         ours = inspect.signature(cls.__init__).parameters
         stock = inspect.signature(nnUNetTrainer.__init__).parameters
         assert list(ours) == list(stock)
@@ -145,7 +147,7 @@ def test_encoder_holds_the_selected_weights_and_nothing_else_does(folders: Path)
 
 
 def test_scratch_is_the_same_network_from_random_weights(folders: Path) -> None:
-    scratch, pretrained = make(MTLTrainerScratch_1epoch, folders), make(MTLTrainer, folders)
+    scratch, pretrained = make(VARIANTS["MTLTrainerScratch_1epoch"], folders), make(MTLTrainer, folders)
     scratch.initialize(), pretrained.initialize()
     a, b = scratch.network.state_dict(), pretrained.network.state_dict()
     assert {k: v.shape for k, v in a.items()} == {k: v.shape for k, v in b.items()}
@@ -161,23 +163,8 @@ def test_every_parameter_is_in_one_group_and_the_encoder_learns_slower(folders: 
     assert sorted(grouped) == sorted(id(p) for p in trainer.network.parameters())
     encoder = {id(p) for p in trainer.network.encoder.parameters()}
     for group in trainer.optimizer.param_groups:
-        assert {id(p) in encoder for p in group["params"]} == {group["name"].startswith("encoder")}
+        assert {id(p) in encoder for p in group["params"]} == {group["part"] == "encoder"}
         assert all(p.ndim > 1 for p in group["params"]) == (group["weight_decay"] > 0)
-
-
-def test_fused_activations_are_refused_on_several_gpus_before_nnunet_drops_them(folders: Path) -> None:
-    from mtl_nnunet.encoder import TimmEncoder
-    from mtl_nnunet.network import TimmUNet, strides_of
-
-    trainer = make(MTLTrainer, folders)
-    for name, fits in (("test_resnet", True), ("test_convnext", True), ("test_efficientnet", False)):
-        trainer.network = TimmUNet(1, 3, name, strides_of(TimmEncoder(name)))
-        trainer.is_ddp = True
-        if fits:
-            trainer.configure_optimizers()
-        else:
-            with pytest.raises(UserError, match="several GPUs"):
-                trainer.configure_optimizers()
 
 
 def slow_factor(epoch: int, epochs: int, warmup: int) -> float:
@@ -221,7 +208,7 @@ def test_checkpoint_has_the_keys_of_nnunets_own_and_loads_without_pickled_object
     stock = make(nnUNetTrainer, folders)
     stock.initialize()
     stock.save_checkpoint(str(tmp_path / "stock.pth"))
-    ours = started(make(MTLTrainer_5epochs, folders))
+    ours = started(make(VARIANTS["MTLTrainer_5epochs"], folders))
     ours.save_checkpoint(str(tmp_path / "ours.pth"))
     loaded = torch.load(tmp_path / "ours.pth", weights_only=True)
     # written by nnU-Net two lines above; its NumPy scalars are what ours leave out
@@ -259,7 +246,7 @@ def test_continuing_where_nothing_is_to_continue_loads_the_encoder(folders: Path
 def test_pretrained_weights_of_nnunet_are_not_overwritten(folders: Path, tmp_path: Path) -> None:
     from nnunetv2.run.run_training import maybe_load_checkpoint
 
-    donor = started(make(MTLTrainerScratch_1epoch, folders))
+    donor = started(make(VARIANTS["MTLTrainerScratch_1epoch"], folders))
     donor.save_checkpoint(str(tmp_path / "donor.pth"))
     trainer = make(MTLTrainer, folders)
     maybe_load_checkpoint(trainer, False, False, str(tmp_path / "donor.pth"))
@@ -275,7 +262,7 @@ def test_fold_of_another_selection_is_refused(folders: Path, other_run: Path) ->
     for fold, resume in ((1, False), (0, True), (0, False)):
         with pytest.raises(UserError, match="begun from another selection"):
             make(MTLTrainer, folders, fold=fold, resume=resume)
-    assert make(MTLTrainerScratch_1epoch, folders), "another model folder is free"
+    assert make(VARIANTS["MTLTrainerScratch_1epoch"], folders), "another model folder is free"
 
 
 def test_of_two_folds_that_start_at_once_from_two_selections_one_is_refused(folders: Path, other_run: Path) -> None:
