@@ -88,7 +88,10 @@ def main() -> None:
         values = [
             float(r["dice"])
             for r in rows
-            if r["recipe"] == name and r["dataset"] == dataset.name and r["plans"] == args.p and r["configuration"] == args.c
+            if r["recipe"] == name
+            and r["dataset"] == dataset.name
+            and r["plans"] == args.p
+            and r["configuration"] == args.c
         ]
         spread = f" +- {statistics.stdev(values):.4f}" if len(values) > 1 else ""
         print(f"{name:<56} {statistics.mean(values):.4f}{spread} ({len(values)})")
@@ -161,10 +164,7 @@ def validate(trainer) -> float:
     for case in cases:
         image, truth, *_ = data.load_case(case)
         image, truth = torch.from_numpy(np.asarray(image[:])), np.asarray(truth[:])[0]
-        if len(patch) == 2:
-            image = image.transpose(0, 1)
-        else:
-            image = image[None]
+        image = image.transpose(0, 1) if len(patch) == 2 else image[None]
         size = image.shape[2:]
         target = [int(-(-max(s, p) // m) * m) for s, p, m in zip(size, patch, strides, strict=True)]
         padding = [p for s, t in zip(size[::-1], target[::-1], strict=True) for p in (0, t - s)]

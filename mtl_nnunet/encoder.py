@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mtl_nnunet.errors import UserError, listed
-from mtl_nnunet.inflation import Depth, inflate
+from mtl_nnunet.inflation import Depth, inflate, reductions_at_inputs
 
 MIN_LEVELS = 3
 SUPPORTED = "ResNet, ConvNeXt, EfficientNet, RegNet, MobileNetV3 or Swin"
@@ -59,6 +59,7 @@ class TimmEncoder(nn.Module):
         self.timm: Any = _feature_pyramid(name, input_channels + label_channels)
         self.output_channels: tuple[int, ...] = tuple(self.timm.feature_info.channels())
         self.reductions: tuple[int, ...] = tuple(self.timm.feature_info.reduction())
+        _freeze_what_never_runs(self.timm.model, input_channels + label_channels, self.reductions[-1])
         if depth is not None:
             inflate(self.timm.model, name, input_channels + label_channels, depth)
 
@@ -212,6 +213,19 @@ def _feature_pyramid(name: str, input_channels: int) -> Any:
     ):
         raise no_pyramid
     return pyramid
+
+
+def _freeze_what_never_runs(model: Any, input_channels: int, deepest: int) -> None:
+    """A final norm, say, gets no gradient; several GPUs would wait for it for ever."""
+    try:
+        run = reductions_at_inputs(model, input_channels, deepest)
+    except (RuntimeError, AssertionError):
+        # a network that takes no image of this size
+        return
+    for module in model.modules():
+        if module is not model and module not in run:
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
 
 
 def _first_convolutions(model: Any) -> tuple[str, ...]:

@@ -138,7 +138,7 @@ def inflate(model: nn.Module, name: str, input_channels: int, depth: Depth) -> N
     """
     if depth.weights not in WEIGHTS:
         raise UserError(f"inflation '{depth.weights}' is unknown. Expected {' or '.join(WEIGHTS)}.")
-    before = _reductions_at_inputs(model, input_channels, depth.reductions[-1])
+    before = reductions_at_inputs(model, input_channels, depth.reductions[-1])
     if type(model) not in CONTAINERS:
         raise _no_counterpart(name, model)
     _inflate_children(model, name, before, depth)
@@ -305,8 +305,14 @@ REPLACED: dict[type[nn.Module], Callable[[Any, int, Depth], nn.Module]] = {
 }
 
 
-def _reductions_at_inputs(model: nn.Module, input_channels: int, deepest: int) -> dict[nn.Module, int]:
-    """In-plane reduction of what each module is given, for those that the feature pass runs."""
+def reductions_at_inputs(model: nn.Module, input_channels: int, deepest: int) -> dict[nn.Module, int]:
+    """In-plane reduction of what each module of a 2D encoder is given, for those that the feature pass runs.
+
+    Args:
+        model: What timm's feature getter holds.
+        input_channels: Channels of its images.
+        deepest: Its deepest reduction; an image of twice that side is run.
+    """
     side = 2 * deepest
     seen: dict[nn.Module, int] = {}
 

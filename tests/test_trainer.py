@@ -25,7 +25,6 @@ from mtl_nnunet.checkpoints import read_contents
 from mtl_nnunet.cli.main import trainers_folder
 from mtl_nnunet.cli.select_checkpoint import main as select
 from mtl_nnunet.errors import UserError
-from mtl_nnunet.recipe import EpochwiseLR
 from mtl_nnunet.trainer import MTLTrainer
 from mtl_nnunet.variants import VARIANTS
 
@@ -171,19 +170,6 @@ def slow_factor(epoch: int, epochs: int, warmup: int) -> float:
     if epoch < warmup:
         return (epoch + 1) / (warmup + 1)
     return (1 - (epoch - warmup) / (epochs - warmup)) ** 0.9
-
-
-@pytest.mark.parametrize(("epochs", "warmup"), [(1, 0), (5, 0), (100, 10), (1000, 10)])
-def test_schedule_follows_its_formula_and_groups_keep_their_ratio(epochs: int, warmup: int) -> None:
-    a, b = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.AdamW([{"params": [a], "lr": 1e-3}, {"params": [b], "lr": 1e-4}])
-    scheduler = EpochwiseLR(optimizer, epochs, warmup)
-    for epoch in range(epochs):
-        scheduler.step(epoch)
-        rates = [g["lr"] for g in optimizer.param_groups]
-        assert rates[0] == pytest.approx(1e-3 * slow_factor(epoch, epochs, warmup))
-        assert rates[1] == pytest.approx(rates[0] / 10)
-        assert scheduler.get_last_lr() == rates
 
 
 def test_rates_of_the_groups_differ_while_nnunet_drives_the_schedule_and_after_resuming(folders: Path) -> None:
