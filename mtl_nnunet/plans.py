@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,7 @@ def write_plans(
     new_name: str,
     selection_folder: str | None = None,
     overwrite: bool = False,
+    batch_sizes: Callable[[dict[str, Any], dict[str, Any], list[str]], dict[str, int]] | None = None,
 ) -> Path:
     """Write plans of another name whose 2D configurations start from a selection.
 
@@ -115,6 +117,8 @@ def write_plans(
         new_name: Name of the new plans, for nnU-Net's ``-p``.
         selection_folder: Which selection; None for the dataset's own.
         overwrite: Replace plans of that name.
+        batch_sizes: From the source plans, the new ones and the names of the changed configurations to a batch size each;
+            None keeps those of the source.
 
     Returns:
         The file written.
@@ -138,9 +142,13 @@ def write_plans(
     selection = read_selection(selection_folder or folder / DEFAULT_FOLDER)
     # relative, so that the preprocessed folder can move
     record = {**selection.record(), "folder": os.path.relpath(selection.folder, folder)}
+    source_plans = deepcopy(plans)
     plans["plans_name"] = new_name
     for configuration in flat:
         plans = with_timm_unet(plans, configuration, record)
+    if batch_sizes is not None:
+        for configuration, size in batch_sizes(source_plans, plans, flat).items():
+            plans["configurations"][configuration]["batch_size"] = size
     write_text(target, to_json(plans))
     return target
 
