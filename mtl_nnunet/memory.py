@@ -12,7 +12,6 @@ from math import isfinite, prod
 from typing import TYPE_CHECKING, Any
 
 from mtl_nnunet.errors import UserError
-from mtl_nnunet.plans import preprocessed_folder
 
 if TYPE_CHECKING:
     import torch
@@ -309,8 +308,8 @@ def memory_counter(
 def largest_batch(memory: Callable[[int], TrainingMemory], target: int) -> int:
     """The largest batch whose training fits into a memory target.
 
-    Bytes are affine in the batch size, apart from the largest tensor, which may be a weight for small batches; so a line
-    through two counts gives the first guess and counts at the guess decide.
+    Bytes are affine in the batch size, apart from the largest tensor, which may be a weight for small batches; so lines
+    through counts give a guess, and counts around the guess decide.
 
     Args:
         memory: Batch size to what it needs, e.g. of ``memory_counter``.
@@ -324,11 +323,16 @@ def largest_batch(memory: Callable[[int], TrainingMemory], target: int) -> int:
         return memory(size).total <= target
 
     low = MIN_BATCH_SIZE
-    needed = memory(low).total
-    if needed > target:
+    if not fits(low):
         return 0
-    slope = (memory(2 * low).total - needed) / low
-    size, step = low + int((target - needed) / slope), 1
+    size = 2 * low
+    # the second line lies where the largest tensor grows with the batch
+    for _ in range(2):
+        half = max(low, size // 2)
+        if size > half:
+            slope = (memory(size).total - memory(half).total) / (size - half)
+            size = max(low, half + int((target - memory(half).total) / slope))
+    step = 1
     if fits(size):
         while fits(size + step):
             size, step = size + step, 2 * step
@@ -429,6 +433,8 @@ def size_batches(
     Raises:
         UserError: The target is no positive number, nothing fits into it, or something cannot be counted.
     """
+    from mtl_nnunet.plans import preprocessed_folder
+
     if not (isfinite(target_gb) and target_gb > 0):
         raise UserError(f"-gpu_memory_target {target_gb:g} is not valid. Expected GB of GPU memory, e.g. 8.")
     target = int(target_gb * GB)
