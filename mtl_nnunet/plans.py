@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,7 @@ def write_plans(
     selection_folder: str | None = None,
     overwrite: bool = False,
     recipe: Mapping[str, Any] | None = None,
+    batch_sizes: Callable[[dict[str, Any], dict[str, Any], list[str]], dict[str, int]] | None = None,
 ) -> Path:
     """Write plans of another name whose configurations start from a selection.
 
@@ -127,6 +128,8 @@ def write_plans(
         selection_folder: Which selection; None for the dataset's own.
         overwrite: Replace plans of that name.
         recipe: Hyper-parameters that trainings from these plans use; None for the defaults.
+        batch_sizes: From the source plans, the new ones and the names of the changed configurations to a batch size each;
+            None keeps those of the source.
 
     Returns:
         The file written. 3D configurations of an encoder that is 2D only stay as they are.
@@ -148,16 +151,21 @@ def write_plans(
     selection = read_selection(selection_folder or folder / DEFAULT_FOLDER)
     # relative, so that the preprocessed folder can move
     record = {**selection.record(), "folder": os.path.relpath(selection.folder, folder), RECIPE_KEY: dict(recipe or {})}
+    source_plans = deepcopy(plans)
     plans["plans_name"] = new_name
-    changed, refused = 0, None
+    changed: list[str] = []
+    refused = None
     for configuration in configurations:
         try:
             plans = with_timm_unet(plans, configuration, record)
-            changed += 1
+            changed.append(configuration)
         except UserError as error:
             refused = error
     if not changed:
         raise refused or UserError(f"{source} has no configuration. Plan one with nnUNetv2_plan_experiment.")
+    if batch_sizes is not None:
+        for configuration, size in batch_sizes(source_plans, plans, changed).items():
+            plans["configurations"][configuration]["batch_size"] = size
     write_text(target, to_json(plans))
     return target
 

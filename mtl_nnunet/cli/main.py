@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from mtl_nnunet.cli.command import run
 from mtl_nnunet.errors import UserError
@@ -37,6 +39,12 @@ def build_parser() -> argparse.ArgumentParser:
     plans.add_argument("-p", default="nnUNetPlans", metavar="NAME", help="plans to start from (default: nnUNetPlans)")
     plans.add_argument("-o", required=True, metavar="NAME", help="name of the new plans")
     plans.add_argument("-selection", metavar="FOLDER", help="default: the dataset's mtl_selection")
+    plans.add_argument(
+        "-gpu_memory_target",
+        type=float,
+        metavar="GB",
+        help="size the batch of each configuration for a GPU of that much memory (default: the batch of the plans)",
+    )
     plans.add_argument("--overwrite", action="store_true", help="replace plans of that name")
     plans.set_defaults(command=make_plans)
 
@@ -87,9 +95,21 @@ def make_plans(args: argparse.Namespace) -> None:
         name = maybe_convert_to_dataset_name(args.d)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"no dataset {args.d}: {error}") from error
-    print(f"written: {write_plans(name, args.p, args.o, args.selection, args.overwrite)}")
+    sizes = None if args.gpu_memory_target is None else partial(sized_batches, args.p, args.gpu_memory_target)
+    print(f"written: {write_plans(name, args.p, args.o, args.selection, args.overwrite, sizes)}")
     number = int(name[7:10])
     print(f"next:\n  nnUNetv2_train {number} 2d 0 -tr MTLTrainer -p {args.o}")
+
+
+def sized_batches(
+    source_name: str, target_gb: float, source: dict[str, Any], plans: dict[str, Any], configurations: list[str]
+) -> dict[str, int]:
+    """Batch sizes for a memory target, with a report of what decided them on stdout."""
+    from mtl_nnunet.memory import report, size_batches
+
+    sized = size_batches(source, plans, configurations, target_gb)
+    print(report(sized, source_name, target_gb))
+    return {ours.configuration: ours.size for ours, _ in sized}
 
 
 def run_demo(args: argparse.Namespace) -> None:
