@@ -13,6 +13,8 @@ import torch
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
+# on import it registers its networks with timm
+from mtl_nnunet import paper_resnet  # noqa: F401
 from mtl_nnunet.errors import UserError, listed
 
 MIN_LEVELS = 3
