@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from mtl_nnunet.errors import UserError, listed
 from mtl_nnunet.files import sha256
+from mtl_nnunet.paper_resnet import in_timm_names
 
 SUFFIXES = (".pth.tar", ".pth", ".pt", ".tar", ".ckpt", ".bin", ".safetensors")
 WEIGHT_KEYS = ("state_dict", "model_state_dict", "model")
@@ -106,7 +107,8 @@ def read_contents(path: str | Path) -> Contents:
         path: A file of timm's ``train.py``, a plain state dict, or safetensors.
 
     Returns:
-        Weights by name, wrappers' prefixes (``module.``, ``_orig_mod.``) removed.
+        Weights by name, wrappers' prefixes (``module.``, ``_orig_mod.``) removed; those of the ResNet-50 of
+        arXiv:2410.18677 in timm's names.
 
     Raises:
         UserError: Empty, truncated, not a checkpoint, or a pickle that asks for code.
@@ -131,11 +133,12 @@ def read_contents(path: str | Path) -> Contents:
             f"checkpoint {path} holds no weights that can be read ({held}). "
             f"Expected a state dict, alone or under one of: {listed(list(WEIGHT_KEYS))}."
         )
+    tensors, of_paper = in_timm_names(tensors, path)
     epoch = content.get("epoch", metadata.get("epoch"))
     return Contents(
         weights=tensors,
         epoch=int(epoch) if isinstance(epoch, (int, str)) and str(epoch).isdigit() else epoch_in_name(path.name),
-        architecture=_architecture(content, metadata),
+        architecture=_architecture(content, metadata) or of_paper,
         kind=kind,
     )
 

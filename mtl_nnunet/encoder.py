@@ -14,6 +14,8 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+# on import it registers its networks with timm
+from mtl_nnunet import paper_resnet  # noqa: F401
 from mtl_nnunet.errors import UserError, listed
 from mtl_nnunet.inflation import Depth, inflate, reductions_at_inputs
 
