@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules import activation as torch_activations
 
 from mtl_nnunet.errors import UserError
+from mtl_nnunet.paper_resnet import PaddedBottleneck, PaddedShortcut, UnscaledDropPath
 
 SUPPORTED_IN_3D = "ResNet, ConvNeXt, EfficientNet, RegNet or MobileNetV3"
 WEIGHTS = ("centred", "averaged")
@@ -28,6 +29,7 @@ CONTAINERS: tuple[type[nn.Module], ...] = (
     resnet.ResNet,
     resnet.BasicBlock,
     resnet.Bottleneck,
+    PaddedBottleneck,
     regnet.RegNet,
     regnet.RegStage,
     regnet.Bottleneck,
@@ -41,7 +43,14 @@ CONTAINERS: tuple[type[nn.Module], ...] = (
     mobile.EdgeResidual,
     mobile.UniversalInvertedResidual,
 )
-ANY_DIMENSION: tuple[type[nn.Module], ...] = (nn.Identity, nn.Dropout, DropPath, nn.GroupNorm, GroupNormAct)
+ANY_DIMENSION: tuple[type[nn.Module], ...] = (
+    nn.Identity,
+    nn.Dropout,
+    DropPath,
+    UnscaledDropPath,
+    nn.GroupNorm,
+    GroupNormAct,
+)
 # channelwise, or averaging over all of space: depth and height may be read as one axis
 FLATTENED: tuple[type[nn.Module], ...] = (BatchNormAct2d, LayerNorm2d, SEModule, mobile.SqueezeExcite)
 
@@ -296,12 +305,17 @@ def _average_pool(module: Any, before: int, depth: Depth) -> nn.Module:
     )
 
 
+def _padded_shortcut(module: Any, before: int, depth: Depth) -> nn.Module:
+    return PaddedShortcut(module.channels, (depth.stride(before, before * module.stride[0]), *module.stride))
+
+
 REPLACED: dict[type[nn.Module], Callable[[Any, int, Depth], nn.Module]] = {
     nn.Conv2d: _convolution,
     Conv2dSame: _convolution,
     nn.BatchNorm2d: _batch_norm,
     nn.MaxPool2d: _max_pool,
     nn.AvgPool2d: _average_pool,
+    PaddedShortcut: _padded_shortcut,
 }
 
 

@@ -38,30 +38,31 @@ class PaddedShortcut(nn.Module):
 
         y[n, c, i, j] = x[n, c, stride i, stride j] for c < C, else 0
 
-    Maps (N, C, H, W) to (N, channels, ceil(H / stride), ceil(W / stride)).
+    Maps (N, C, H, W) to (N, channels, ceil(H / stride), ceil(W / stride)); with three strides, volumes alike.
 
     Args:
         channels: Channels of the block's output, C or more.
-        stride: Of the block.
+        stride: Of the block, one for each spatial axis.
 
     Source: He et al. 2015, arXiv:1512.03385, option A. The public code of arXiv:2410.18677, commit ae4401a, writes it
     as average pooling whose window is one pixel, so nothing is averaged.
 
     Example:
         >>> import torch
-        >>> PaddedShortcut(2, 2)(torch.arange(9.0).reshape(1, 1, 3, 3)).tolist()
+        >>> PaddedShortcut(2, (2, 2))(torch.arange(9.0).reshape(1, 1, 3, 3)).tolist()
         [[[[0.0, 2.0], [6.0, 8.0]], [[0.0, 0.0], [0.0, 0.0]]]]
     """
 
-    def __init__(self, channels: int, stride: int):
+    def __init__(self, channels: int, stride: tuple[int, ...]):
         super().__init__()
         self.channels = channels
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
         """The shortcut's output, which is added to the block's."""
-        kept = x[:, :, :: self.stride, :: self.stride]
-        return functional.pad(kept, (0, 0, 0, 0, 0, self.channels - x.shape[1]))
+        every = [slice(None, None, s) for s in (1, 1, *self.stride)]
+        padding = [0] * 2 * len(self.stride) + [0, self.channels - x.shape[1]]
+        return functional.pad(x[tuple(every)], padding)
 
 
 class UnscaledDropPath(DropPath):
@@ -102,7 +103,7 @@ class PaddedBottleneck(Bottleneck):
             inplanes,
             planes,
             stride,
-            None if downsample is None else PaddedShortcut(planes * self.expansion, stride),
+            None if downsample is None else PaddedShortcut(planes * self.expansion, (stride, stride)),
             drop_path=None if drop_path is None else UnscaledDropPath(drop_path.drop_prob),
             **options,
         )

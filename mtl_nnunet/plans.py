@@ -16,6 +16,8 @@ from mtl_nnunet.selection import DEFAULT_FOLDER, Selection, read_selection
 RECORD_KEY = "mtl_nnunet"
 RECIPE_KEY = "recipe"
 DEFAULT_INFLATION = "centred"
+# of TimmUNet, that plans may set and a selection does not decide
+OWN_ARGUMENTS = ("n_conv_per_stage_decoder", "stem_channels", "inflation")
 NETWORK = "mtl_nnunet.network.TimmUNet"
 
 
@@ -50,10 +52,10 @@ def with_timm_unet(plans: dict[str, Any], configuration: str, record: dict[str, 
         patch_size = [int(s) for s in resolved.patch_size]
         planned = dict(resolved.network_arch_init_kwargs)
         by_us = resolved.network_arch_class_name == NETWORK
-        num_levels = len(planned["strides"])
-        kernel_sizes = planned.get("kernel_sizes") or [[3] * len(patch_size)] * num_levels
+        strides = planned["strides"] if len(patch_size) == 3 else None
+        kernel_sizes = planned["kernel_sizes"] if len(patch_size) == 3 else None
         is_cascade = resolved.previous_stage_name is not None
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(
             f"configuration '{configuration}' of the plans '{plans.get('plans_name')}' cannot be read ({error!r}): they are of another "
             "version of nnU-Net. Plan the dataset again with nnUNetv2_plan_experiment."
@@ -64,7 +66,7 @@ def with_timm_unet(plans: dict[str, Any], configuration: str, record: dict[str, 
         k: v for k, v in planned.items() if by_us and k in ("n_conv_per_stage_decoder", "stem_channels", "inflation")
     }
     inflation = kept.get("inflation", DEFAULT_INFLATION)
-    shape, multiples = _encoder_shape(record["encoder"], planned["strides"], kernel_sizes, inflation)
+    shape, multiples = _encoder_shape(record["encoder"], strides, kernel_sizes, inflation)
     arch_kwargs = {"encoder": record["encoder"], **shape, "n_conv_per_stage_decoder": 2, **kept}
     if is_cascade:
         # the rest is the first stage's segmentation, which no ImageNet kernel fits
@@ -118,7 +120,8 @@ def write_plans(
     overwrite: bool = False,
     recipe: Mapping[str, Any] | None = None,
     batch_sizes: Callable[[dict[str, Any], dict[str, Any], list[str]], dict[str, int]] | None = None,
-) -> Path:
+    only: Sequence[str] | None = None,
+) -> tuple[Path, list[str]]:
     """Write plans of another name whose configurations start from a selection.
 
     Args:
@@ -130,9 +133,11 @@ def write_plans(
         recipe: Hyper-parameters that trainings from these plans use; None for the defaults.
         batch_sizes: From the source plans, the new ones and the names of the changed configurations to a batch size each;
             None keeps those of the source.
+        only: Configurations to change; None for all that the encoder fits.
 
     Returns:
-        The file written. 3D configurations of an encoder that is 2D only stay as they are.
+        The file written and the configurations that start from the selection; 3D ones of an encoder that is 2D only stay
+        as they are.
 
     Raises:
         UserError: No such plans or selection, no configuration that the encoder fits, or plans of the new name exist.
@@ -155,11 +160,13 @@ def write_plans(
     plans["plans_name"] = new_name
     changed: list[str] = []
     refused = None
-    for configuration in configurations:
+    for configuration in only or configurations:
         try:
             plans = with_timm_unet(plans, configuration, record)
             changed.append(configuration)
         except UserError as error:
+            if only:
+                raise
             refused = error
     if not changed:
         raise refused or UserError(f"{source} has no configuration. Plan one with nnUNetv2_plan_experiment.")
@@ -167,20 +174,23 @@ def write_plans(
         for configuration, size in batch_sizes(source_plans, plans, changed).items():
             plans["configurations"][configuration]["batch_size"] = size
     write_text(target, to_json(plans))
-    return target
+    return target, changed
 
 
 def _encoder_shape(
-    name: str, strides: Sequence[Sequence[int]], kernel_sizes: Sequence[Sequence[int]], inflation: str
+    name: str, strides: Sequence[Sequence[int]] | None, kernel_sizes: Sequence[Sequence[int]] | None, inflation: str
 ) -> tuple[dict[str, Any], tuple[int, ...]]:
-    """Architecture arguments that follow from the encoder, and what each side of the patch must be a multiple of."""
+    """Architecture arguments that follow from the encoder, and what each side of the patch must be a multiple of.
+
+    Strides and kernels are nnU-Net's own of a 3D configuration, None for 2D.
+    """
     from mtl_nnunet.encoder import TimmEncoder
     from mtl_nnunet.inflation import depth_of_plans
     from mtl_nnunet.network import strides_of
 
     flat = TimmEncoder(name)
     deepest = flat.reductions[-1]
-    if len(strides[0]) == 2:
+    if strides is None or kernel_sizes is None:
         return {"strides": strides_of(flat)}, (deepest, deepest)
     depth = depth_of_plans(strides, kernel_sizes, flat.reductions, inflation)
     return {

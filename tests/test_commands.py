@@ -5,21 +5,26 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import DEMO_RUN
 
 from mtl_nnunet.cli.main import main, trainers_folder
 from mtl_nnunet.cli.select_checkpoint import main as select
-from mtl_nnunet.plans import with_timm_unet
+from mtl_nnunet.errors import UserError
+from mtl_nnunet.plans import NETWORK, with_timm_unet
 
 NAME = "Dataset001_Phantom"
 RECORD = {"encoder": "test_resnet", "input_channels": 1, "encoder_sha256": "0" * 64}
 
 
-def stock_plans(folder: Path) -> dict[str, object]:
+def stock_plans(folder: Path) -> dict[str, Any]:
     """Plans as nnU-Net writes them, reduced to what is read here, with 2D, 3D and cascade configurations."""
-    architecture = {"network_class_name": "x.PlainConvUNet", "arch_kwargs": {"n_stages": 4}, "_kw_requires_import": []}
+    architecture = {"network_class_name": "x.PlainConvUNet", "_kw_requires_import": []}
+    flat = {**architecture, "arch_kwargs": {"n_stages": 4, "strides": [[1, 1], *[[2, 2]] * 3]}}
+    kwargs = {"strides": [[1, 1, 1], [1, 2, 2], *[[2, 2, 2]] * 2], "kernel_sizes": [[1, 3, 3], *[[3, 3, 3]] * 3]}
+    deep = {**architecture, "arch_kwargs": {"n_stages": 4, **kwargs}}
     plans = {
         "dataset_name": NAME,
         "plans_name": "nnUNetPlans",
@@ -28,10 +33,10 @@ def stock_plans(folder: Path) -> dict[str, object]:
                 "data_identifier": "nnUNetPlans_2d",
                 "patch_size": [56, 40],
                 "batch_size": 12,
-                "architecture": architecture,
+                "architecture": flat,
             },
-            "3d_fullres": {"patch_size": [40, 56, 40], "batch_size": 2, "architecture": architecture},
-            "3d_lowres": {"patch_size": [40, 56, 40], "batch_size": 2, "architecture": architecture},
+            "3d_fullres": {"patch_size": [40, 56, 40], "batch_size": 2, "architecture": deep},
+            "3d_lowres": {"patch_size": [40, 56, 40], "batch_size": 2, "architecture": deep},
             "3d_cascade_fullres": {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"},
             "2d_small": {"inherits_from": "2d", "batch_size": 4},
         },
@@ -74,10 +79,46 @@ def test_configuration_that_inherits_gets_the_network_too(tmp_path: Path) -> Non
     assert changed["configurations"]["2d_small"]["batch_size"] == 4
 
 
-@pytest.mark.parametrize("configuration", ["3d_fullres", "3d_cascade_fullres"])
-def test_three_dimensions_are_refused(tmp_path: Path, configuration: str) -> None:
-    with pytest.raises(ValueError, match=f"'{configuration}' is not 2D"):
-        with_timm_unet(stock_plans(tmp_path), configuration, RECORD)
+@pytest.mark.parametrize("configuration", ["3d_fullres", "3d_lowres", "3d_cascade_fullres"])
+def test_volumes_get_the_depth_that_nnunet_planned(tmp_path: Path, configuration: str) -> None:
+    changed = with_timm_unet(stock_plans(tmp_path), configuration, RECORD)["configurations"][configuration]
+    kwargs = changed["architecture"]["arch_kwargs"]
+    assert kwargs["strides"] == [[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2], [1, 2, 2], [1, 2, 2]]
+    assert kwargs["kernel_sizes"] == [[1, 3, 3], *[[3, 3, 3]] * 5]
+    assert changed["patch_size"] == [40, 64, 64]
+    assert kwargs.get("image_channels") == (1 if configuration == "3d_cascade_fullres" else None)
+
+
+def test_plans_in_any_order_give_the_same(tmp_path: Path) -> None:
+    plans = stock_plans(tmp_path)
+    names = ["3d_fullres", "3d_cascade_fullres"]
+    made = []
+    for order in (names, names[::-1]):
+        changed = plans
+        for configuration in order:
+            changed = with_timm_unet(changed, configuration, RECORD)
+        made.append([changed["configurations"][n] for n in names])
+    assert made[0] == made[1]
+
+
+def test_inflation_that_plans_name_is_kept(tmp_path: Path) -> None:
+    changed = with_timm_unet(stock_plans(tmp_path), "3d_fullres", RECORD)
+    kwargs = changed["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+    kwargs["inflation"] = "averaged"
+    assert with_timm_unet(changed, "3d_fullres", RECORD) == changed
+
+
+def test_encoders_that_are_flat_only_are_refused_for_volumes(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be made three-dimensional"):
+        with_timm_unet(stock_plans(tmp_path), "3d_fullres", {**RECORD, "encoder": "swin_tiny_patch4_window7_224"})
+
+
+@pytest.mark.parametrize("missing", ["architecture", "patch_size"])
+def test_plans_of_another_version_of_nnunet_are_refused_with_one_message(tmp_path: Path, missing: str) -> None:
+    plans = stock_plans(tmp_path)
+    del plans["configurations"]["3d_fullres"][missing]
+    with pytest.raises(UserError, match="another version of nnU-Net"):
+        with_timm_unet(plans, "3d_fullres", RECORD)
 
 
 def test_plans_that_somebody_wrote_for_timm_unet_keep_their_width(tmp_path: Path) -> None:
@@ -101,12 +142,20 @@ def test_plans_command_writes_a_file_of_another_name(make_dataset, capsys: pytes
     written = json.loads((folder / "nnUNetPlansMTL.json").read_text())
     assert written["plans_name"] == "nnUNetPlansMTL"
     assert written["mtl_nnunet"]["folder"] == "mtl_selection"
+    assert [c["architecture"]["network_class_name"] for c in written["configurations"].values()] == [NETWORK] * 5
     assert (folder / "nnUNetPlans.json").read_bytes() == stock
+    assert main(["plans", "-d", "1", "-o", "slow", "-recipe", "lr=1e-4,frozen_epochs=all"]) == 0
+    capsys.readouterr()
+    assert json.loads((folder / "slow.json").read_text())["mtl_nnunet"]["recipe"] == {
+        "lr": "1e-4",
+        "frozen_epochs": "all",
+    }
     for arguments, said in (
         (["-o", "nnUNetPlansMTL"], "exist already"),
         (["-o", "nnUNetPlans", "--overwrite"], "exist already"),
         (["-o", "other", "-p", "nothing"], "nothing.json does not exist"),
         (["-o", "other", "-selection", "nowhere"], "no selection in nowhere"),
+        (["-o", "other", "-recipe", "lr=fast"], "-recipe=lr=fast: lr=fast makes no sense"),
     ):
         assert main(["plans", "-d", "1", *arguments]) == 1
         err = capsys.readouterr().err.strip().splitlines()

@@ -20,6 +20,7 @@ FAMILIES = {
     "ResNet with average-pooled shortcuts": "resnet26d",
     "ResNeXt": "resnext50_32x4d",
     "SE-ResNet": "seresnet18",
+    "the paper's ResNet": "resnet50_padded_shortcut_droppath",
     "ConvNeXt": "test_convnext",
     "ConvNeXt V2": "convnextv2_atto",
     "EfficientNet": "test_efficientnet",

@@ -365,13 +365,17 @@ def test_command_writes_the_batch_size_and_says_what_decided_it(
     make_dataset(1)
     assert select(["-d", "1", "-ckpt", str(DEMO_RUN), "-num_slices", "12", "-device", "cpu"]) == 0
     capsys.readouterr()
-    assert main(["plans", "-d", "1", "-o", "sized", "-gpu_memory_target", "1.1"]) == 0
+    assert main(["plans", "-d", "1", "-o", "sized", "-gpu_memory_target", "1.3"]) == 0
     out = capsys.readouterr().out
     written = json.loads((planned / "sized.json").read_text())["configurations"]
     assert f"2d: batch {written['2d']['batch_size']} at patch 64 x 64" in out
     assert "PlainConvUNet of 'nnUNetPlans' would get batch" in out
     assert "assumed:" in out
-    assert written["3d_fullres"] == stock_plans()["configurations"]["3d_fullres"]
+    assert f"3d_fullres: batch {written['3d_fullres']['batch_size']} at patch" in out
+    assert main(["plans", "-d", "1", "-o", "flat", "-c", "2d", "-gpu_memory_target", "1.1"]) == 0
+    flat = json.loads((planned / "flat.json").read_text())["configurations"]
+    assert flat["3d_fullres"] == stock_plans()["configurations"]["3d_fullres"]
+    capsys.readouterr()
     assert main(["plans", "-d", "1", "-o", "other", "-gpu_memory_target", "0.5"]) == 1
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
     assert not (planned / "other.json").exists()

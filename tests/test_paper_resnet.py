@@ -93,13 +93,13 @@ def saved(published: dict[str, Tensor], file: Path) -> Path:
 
 def test_shortcut_by_hand() -> None:
     image = torch.arange(2 * 3 * 5.0).reshape(1, 2, 3, 5)
-    halved = PaddedShortcut(channels=3, stride=2)(image)
+    halved = PaddedShortcut(channels=3, stride=(2, 2))(image)
     assert halved.tolist() == [[[[0, 2, 4], [10, 12, 14]], [[15, 17, 19], [25, 27, 29]], [[0, 0, 0], [0, 0, 0]]]]
-    widened = PaddedShortcut(channels=5, stride=1)(image)
+    widened = PaddedShortcut(channels=5, stride=(1, 1))(image)
     assert torch.equal(widened[:, :2], image)
     assert widened.shape == (1, 5, 3, 5)
     assert not widened[:, 2:].any()
-    assert not list(PaddedShortcut(3, 2).state_dict())
+    assert not list(PaddedShortcut(3, (2, 2)).state_dict())
 
 
 def test_drop_path_drops_unscaled_in_training_and_scales_at_evaluation() -> None:

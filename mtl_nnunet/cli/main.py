@@ -32,18 +32,27 @@ def build_parser() -> argparse.ArgumentParser:
     plans = commands.add_parser(
         "plans",
         help="write plans that start from a selection",
-        description="Write nnU-Net plans of another name whose 2D configurations start from a selection, so that several "
-        "selections can live side by side: nnUNetv2_train 4 2d 0 -tr MTLTrainer -p NAME. Nothing is preprocessed again.",
+        description="Write nnU-Net plans of another name whose configurations start from a selection, so that several "
+        "selections or recipes can live side by side: nnUNetv2_train 4 2d 0 -tr MTLTrainer -p NAME. Nothing is preprocessed "
+        "again.",
     )
     plans.add_argument("-d", required=True, metavar="DATASET", help="number or name of the dataset")
     plans.add_argument("-p", default="nnUNetPlans", metavar="NAME", help="plans to start from (default: nnUNetPlans)")
     plans.add_argument("-o", required=True, metavar="NAME", help="name of the new plans")
+    plans.add_argument(
+        "-c", nargs="+", metavar="CONFIGURATION", help="configurations to change (default: all that the encoder fits)"
+    )
     plans.add_argument("-selection", metavar="FOLDER", help="default: the dataset's mtl_selection")
     plans.add_argument(
         "-gpu_memory_target",
         type=float,
         metavar="GB",
         help="size the batch of each configuration for a GPU of that much memory (default: the batch of the plans)",
+    )
+    plans.add_argument(
+        "-recipe",
+        metavar="FILE.json|NAME=VALUE,...",
+        help="hyper-parameters for trainings from these plans, e.g. optimizer=sgd,lr=1e-3; MTL_RECIPE goes before them",
     )
     plans.add_argument("--overwrite", action="store_true", help="replace plans of that name")
     plans.set_defaults(command=make_plans)
@@ -90,15 +99,17 @@ def make_plans(args: argparse.Namespace) -> None:
     from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
     from mtl_nnunet.plans import write_plans
+    from mtl_nnunet.recipe import read_recipe
 
     try:
         name = maybe_convert_to_dataset_name(args.d)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"no dataset {args.d}: {error}") from error
     sizes = None if args.gpu_memory_target is None else partial(sized_batches, args.p, args.gpu_memory_target)
-    print(f"written: {write_plans(name, args.p, args.o, args.selection, args.overwrite, sizes)}")
-    number = int(name[7:10])
-    print(f"next:\n  nnUNetv2_train {number} 2d 0 -tr MTLTrainer -p {args.o}")
+    recipe = None if args.recipe is None else read_recipe(args.recipe, "-recipe")
+    file, configurations = write_plans(name, args.p, args.o, args.selection, args.overwrite, recipe, sizes, args.c)
+    print(f"written: {file} ({', '.join(configurations)})")
+    print(f"next:\n  nnUNetv2_train {int(name[7:10])} {configurations[0]} 0 -tr MTLTrainer -p {args.o}")
 
 
 def sized_batches(
