@@ -10,26 +10,48 @@ import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm.layers
 import torch
+import torch.distributed as dist
 from conftest import DEMO_RUN, write_phantoms
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as nnunet_trainer
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerDA5 import nnUNetTrainerDA5
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from timm.layers.norm_act import BatchNormAct2d
 from timm.models import adapt_input_conv
+from torch.nn.parallel import DistributedDataParallel
 
 import mtl_nnunet.variants as trainers
 from mtl_nnunet.checkpoints import read_contents
 from mtl_nnunet.cli.main import trainers_folder
 from mtl_nnunet.cli.select_checkpoint import main as select
+from mtl_nnunet.encoder import TimmEncoder, _first_convolutions
 from mtl_nnunet.errors import UserError
-from mtl_nnunet.trainer import MTLTrainer
+from mtl_nnunet.network import TimmUNet, strides_of
+from mtl_nnunet.plans import with_timm_unet
+from mtl_nnunet.recipe import optimizer_of, parameter_groups, recipe
+from mtl_nnunet.trainer import MTLTrainer, _sync_batch_norm_keeps_activations
 from mtl_nnunet.variants import VARIANTS
 
 CPU = torch.device("cpu")
 NAME = "Dataset007_Phantom"
+FAMILIES = (
+    "test_resnet",
+    "test_convnext",
+    "test_efficientnet",
+    "regnety_002",
+    "mobilenetv3_small_050",
+    "swin_tiny_patch4_window7_224",
+)
 
 
 @pytest.fixture(scope="session")
@@ -366,3 +388,244 @@ def test_one_training_step_moves_encoder_and_decoder(folders: Path) -> None:
     after = dict(trainer.network.named_parameters())
     for part in ("encoder.", "stem.", "decoder.stages"):
         assert any(not torch.equal(before[k], after[k]) for k in before if k.startswith(part)), part
+
+
+@pytest.mark.parametrize("epochs", [1, 5, 10, 20, 50, 100, 250, 500])
+def test_lengths_are_nnunets_own(epochs: int, folders: Path) -> None:
+    length = f"_{epochs}epoch{'' if epochs == 1 else 's'}"
+    for base in ("MTLTrainer", "MTLTrainerScratch", "MTLTrainerFrozenEncoder"):
+        cls = VARIANTS[f"{base}{length}"]
+        assert issubclass(cls, VARIANTS[base])
+        assert issubclass(cls, recursive_find_trainer_class_by_name(f"nnUNetTrainer{length}"))
+        assert make(cls, folders).num_epochs == epochs
+
+
+def test_variants_combine_what_nnunets_own_do_with_ours(folders: Path) -> None:
+    flat = make(VARIANTS["MTLTrainerNoMirroring_5epochs"], folders)
+    _, _, _, mirror_axes = flat.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+    assert (mirror_axes, flat.inference_allowed_mirroring_axes, flat.num_epochs) == (None, None, 5)
+    single = make(VARIANTS["MTLTrainerNoDeepSupervision_20epochs"], folders)
+    single.initialize()
+    assert isinstance(single.network(torch.zeros(2, 1, 64, 64)), torch.Tensor)
+    assert single.num_epochs == 20
+    for trainer in (flat, single):
+        assert trainer.recipe == make(MTLTrainer, folders).recipe
+        assert trainer.load_encoder
+
+
+def test_any_trainer_of_nnunet_composes(folders: Path) -> None:
+    class Mine(MTLTrainer, nnUNetTrainerDA5):
+        """Stronger augmentation from a pretrained encoder."""
+
+    trainer = make(Mine, folders)
+    trainer.initialize()
+    assert trainer.get_training_transforms.__qualname__.startswith("nnUNetTrainerDA5")
+    assert trainer.plans_manager.plans["mtl_nnunet"]["trainer"] == "Mine"
+
+
+def test_frozen_encoder_keeps_weights_and_statistics_through_nnunets_epoch(folders: Path) -> None:
+    trainer = make(VARIANTS["MTLTrainerFrozenEncoder"], folders)
+    trainer.initialize()
+    before = {k: v.clone() for k, v in trainer.network.state_dict().items()}
+    trainer.on_train_epoch_start()
+    trainer.train_step(batch(trainer))
+    after = trainer.network.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before if k.startswith("encoder."))
+    assert any(not torch.equal(before[k], after[k]) for k in before if k.startswith("decoder."))
+    assert trainer.recipe.frozen_epochs == "all"
+
+
+def test_encoder_that_is_frozen_at_first_moves_afterwards(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MTL_RECIPE", "frozen_epochs=3")
+    trainer = make(VARIANTS["MTLTrainer_10epochs"], folders)
+    trainer.initialize()
+    moved = []
+    for epoch in range(5):
+        trainer.current_epoch = epoch
+        before = {k: v.clone() for k, v in trainer.network.encoder.state_dict().items()}
+        trainer.on_train_epoch_start()
+        trainer.train_step(batch(trainer))
+        after = trainer.network.encoder.state_dict()
+        moved.append({"running" in k for k in before if not torch.equal(before[k], after[k])})
+    assert moved[:3] == [set()] * 3
+    assert moved[3:] == [{True, False}] * 2
+
+
+def batch(trainer: Any, num_samples: int = 2) -> dict[str, Any]:
+    patch = trainer.configuration_manager.patch_size
+    scales = trainer._get_deep_supervision_scales() or [[1] * len(patch)]
+    targets = [
+        torch.randint(0, 2, (num_samples, 1, *(int(s * f) for s, f in zip(patch, scale, strict=True)))).float()
+        for scale in scales
+    ]
+    return {"data": torch.randn(num_samples, 1, *patch), "target": targets}
+
+
+def test_recipe_is_logged_stored_and_kept_when_the_run_goes_on(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MTL_RECIPE", "optimizer=sgd,lr=2e-3")
+    first = started(make(MTLTrainer, folders))
+    assert type(first.optimizer) is torch.optim.SGD
+    assert "optimizer=sgd, lr=0.002" in Path(first.log_file).read_text()
+    latest = Path(first.output_folder, "checkpoint_latest.pth")
+    first.save_checkpoint(str(latest))
+    stored = torch.load(latest, weights_only=True)["init_args"]["plans"]["mtl_nnunet"]["recipe"]
+    assert (stored["optimizer"], stored["lr"], stored["weight_decay"]) == ("sgd", 2e-3, 1e-2)
+    monkeypatch.delenv("MTL_RECIPE")
+    again = make(MTLTrainer, folders, resume=True)
+    again.load_checkpoint(str(latest))
+    assert type(again.optimizer) is torch.optim.SGD
+    assert again.recipe == first.recipe
+    assert again.plans_manager.plans["mtl_nnunet"]["recipe"] == stored
+    assert "goes on with the recipe it was begun with" in Path(again.log_file).read_text()
+    other = make(MTLTrainer, folders, fold=1)
+    other._claim_model_folder()
+    assert "begun with another recipe (optimizer=sgd, lr=0.002)" in Path(other.log_file).read_text()
+
+
+def test_plans_set_a_recipe_and_the_environment_goes_before_them(
+    folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mtl_nnunet.cli.main import main
+
+    assert main(["plans", "-d", "7", "-o", "Slow", "-recipe", "lr=1e-4,layer_decay=0.8"]) == 0
+    trainer = make(MTLTrainer, folders, plans_name="Slow")
+    assert (trainer.recipe.lr, trainer.recipe.layer_decay) == (1e-4, 0.8)
+    monkeypatch.setenv("MTL_RECIPE", "lr=5e-4")
+    trainer = make(MTLTrainer, folders, plans_name="Slow")
+    assert (trainer.recipe.lr, trainer.recipe.layer_decay) == (5e-4, 0.8)
+    scratch = make(VARIANTS["MTLTrainerScratch"], folders, plans_name="Slow")
+    assert (scratch.recipe.lr, scratch.recipe.layer_decay, scratch.recipe.encoder_lr_factor) == (5e-4, 1.0, 1.0)
+
+
+def test_rate_set_in_nnunets_own_way_counts_and_is_recorded(folders: Path) -> None:
+    class Mine(MTLTrainer):
+        def __init__(
+            self, plans: Any, configuration: str, fold: int, dataset_json: Any, device: torch.device = CPU
+        ) -> None:
+            super().__init__(plans, configuration, fold, dataset_json, device)
+            self.initial_lr = 3e-4
+
+    trainer = make(Mine, folders)
+    trainer.initialize()
+    assert {g["initial_lr"] for g in trainer.optimizer.param_groups} == {3e-4, 3e-4 * 0.1}
+    assert trainer.plans_manager.plans["mtl_nnunet"]["recipe"]["lr"] == 3e-4
+
+
+def test_out_of_memory_ends_in_one_message(folders: Path) -> None:
+    trainer = make(MTLTrainer, folders)
+    trainer.initialize()
+    # more than any machine has, of which nothing is held: the first convolution asks for all of it
+    huge = {**batch(trainer), "data": torch.zeros(1, 1, 64, 64).expand(2**28, 1, 64, 64)}
+    with pytest.raises(UserError, match="out of memory on cpu with batches of 2 patches of 64x64"):
+        trainer.train_step(huge)
+    with pytest.raises(RuntimeError, match="channels") as other:
+        trainer.train_step({**batch(trainer), "data": torch.zeros(2, 5, 64, 64)})
+    assert not isinstance(other.value, UserError)
+
+
+@pytest.fixture
+def join_process_group(tmp_path: Path) -> Iterator[Callable[[], None]]:
+    """A function that begins a process group of one on the CPU."""
+    yield lambda: dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    dist.destroy_process_group()
+
+
+def test_several_gpus_keep_every_activation(
+    folders: Path, join_process_group: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make(MTLTrainer, folders)
+    join_process_group()
+    # nnU-Net makes several processes on GPUs alone, and torch wraps no SyncBatchNorm on a CPU
+    trainer.is_ddp = True
+    monkeypatch.setattr(nnunet_trainer, "DDP", lambda network, device_ids: network)
+    trainer.initialize()
+    network = trainer.network
+    assert not [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert [m for m in network.modules() if isinstance(m, torch.nn.SyncBatchNorm)]
+    assert {id(p) for p in network.parameters()} == {id(p) for g in trainer.optimizer.param_groups for p in g["params"]}
+    loaded = network.encoder.timm.model.state_dict()["layer1.0.conv1.weight"]
+    assert torch.equal(loaded, selected_weights(folders)["layer1.0.conv1.weight"])
+    assert torch.nn.SyncBatchNorm.convert_sync_batchnorm is not timm.layers.convert_sync_batchnorm, "put back"
+
+
+@pytest.mark.parametrize("volumetric", [False, True])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_conversion_for_several_gpus_leaves_the_output_as_it_is(name: str, volumetric: bool) -> None:
+    if volumetric and name == "swin_tiny_patch4_window7_224":
+        pytest.skip("Swin is 2D only")
+    network = network_of(name, 2, volumetric).eval()
+    for module in network.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            torch.nn.init.normal_(module.running_mean, std=0.1)
+            torch.nn.init.uniform_(module.running_var, 0.5, 2.0)
+    images = torch.randn(1, 2, *((32, 64, 32) if volumetric else (64, 96)))
+    with torch.no_grad():
+        before = network(images)
+        by_torch = torch.nn.SyncBatchNorm.convert_sync_batchnorm(deepcopy(network))(images)
+        with _sync_batch_norm_keeps_activations():
+            converted = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        assert torch.equal(converted(images), before)
+    fused = any(isinstance(m, BatchNormAct2d) for m in network_of(name, 2, volumetric).modules())
+    assert torch.equal(by_torch, before) != fused, "this test could not fail"
+
+
+@pytest.mark.parametrize("name", ["test_convnext", "test_resnet"])
+def test_no_parameter_is_waited_for_by_other_processes(name: str, join_process_group: Callable[[], None]) -> None:
+    join_process_group()
+    network = DistributedDataParallel(network_of(name, 1, False))
+    network.module.decoder.deep_supervision = True
+    for _ in range(2):
+        sum(o.mean() for o in network(torch.randn(2, 1, 64, 64))).backward()
+
+
+def network_of(name: str, channels: int, volumetric: bool) -> TimmUNet:
+    strides = strides_of(TimmEncoder(name))
+    return TimmUNet(channels, 3, name, [[s[0], *s] for s in strides] if volumetric else strides)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_takes_a_step_and_predicts(name: str, channels: int, folders: Path) -> None:
+    dataset = folders / "preprocessed" / NAME
+    plans = json.loads((dataset / "nnUNetPlans.json").read_text())
+    plans["configurations"]["2d"]["patch_size"] = [56, 90]
+    record = {"encoder": name, "input_channels": channels, "encoder_sha256": "0" * 64}
+    manager = PlansManager(with_timm_unet(plans, "2d", record))
+    configuration = manager.get_configuration("2d")
+    assert list(configuration.patch_size) == [64, 96]
+    description = json.loads((dataset / "dataset.json").read_text())
+    description["channel_names"] = {str(c): "MRI" for c in range(channels)}
+    network = nnUNetTrainer.build_network_architecture(manager, configuration, channels, 3, True)
+    how = recipe()
+    optimizer = optimizer_of(parameter_groups(network, how), how)
+    network.train()
+    before = {k: v.clone() for k, v in network.named_parameters()}
+    loss = sum(o.float().pow(2).mean() for o in network(torch.randn(2, channels, *configuration.patch_size)))
+    loss.backward()
+    optimizer.step()
+    assert not [k for k, v in network.named_parameters() if v.requires_grad and v.grad is None]
+    moved = {k for k, v in network.named_parameters() if not torch.equal(v, before[k])}
+    for part in (f"encoder.timm.model.{_first_convolutions(network.encoder.timm.model)[0]}", "stem.", "decoder."):
+        assert any(k.startswith(part) for k in moved), part
+    network.decoder.deep_supervision = False
+    predictor = nnUNetPredictor(device=CPU, use_mirroring=False, perform_everything_on_device=False, allow_tqdm=False)
+    weights = [network.state_dict()]
+    predictor.manual_initialization(network, manager, configuration, weights, description, "nnUNetTrainer", (0, 1))
+    # larger than a patch, in sides that no reduction divides
+    image = torch.randn(channels, 2, 101, 119)
+    logits = predictor.predict_logits_from_preprocessed_data(image)
+    assert logits.shape == (3, 2, 101, 119)
+    assert torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("name", ["densenet121", "vgg16", "vit_tiny_patch16_224", "test_vit", "deit_tiny_patch16_224"])
+def test_networks_that_do_not_fit_are_refused_with_what_is_supported(name: str, folders: Path) -> None:
+    plans = json.loads((folders / "preprocessed" / NAME / "nnUNetPlans.json").read_text())
+    with pytest.raises(UserError, match=f"'{name}' gives no feature pyramid.*Use a ResNet, ConvNeXt, EfficientNet"):
+        with_timm_unet(plans, "2d", {"encoder": name, "input_channels": 1, "encoder_sha256": "0" * 64})
+
+
+def test_encoder_that_timm_no_longer_knows_is_named(folders: Path) -> None:
+    plans = json.loads((folders / "preprocessed" / NAME / "nnUNetPlans.json").read_text())
+    with pytest.raises(UserError, match="knows no encoder 'resnet18_of_old'"):
+        with_timm_unet(plans, "2d", {"encoder": "resnet18_of_old", "input_channels": 1, "encoder_sha256": "0" * 64})
