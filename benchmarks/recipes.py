@@ -1,4 +1,4 @@
-"""Recipes of MTLTrainer at the same number of iterations: Dice on a fold's validation cases, spread over repeats.
+"""Recipes and trainers at the same number of iterations: Dice on a fold's validation cases, spread over repeats.
 
 nnU-Net does not seed training, so each repeat is another draw. Training is nnU-Net's own loop with its augmentation; the
 validation cases are predicted whole, without mirroring, at the preprocessed spacing. nnU-Net's environment variables must
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from mtl_nnunet.variants import VARIANTS
 
@@ -45,7 +46,8 @@ BATCH_NORM = {
     "BatchNorm to InstanceNorm": "INSTANCE,encoder_lr_factor=0.1",
 }
 INFLATION = {"centred": "INFLATION centred", "averaged": "INFLATION averaged"}
-SETS = {"recipes": RECIPES, "batch_norm": BATCH_NORM, "inflation": INFLATION}
+TRAINERS = {"MTLTrainer": "", "MTLTrainerScratch": "SCRATCH", "nnUNetTrainer": "STOCK"}
+SETS = {"recipes": RECIPES, "batch_norm": BATCH_NORM, "inflation": INFLATION, "trainers": TRAINERS}
 
 
 def main() -> None:
@@ -58,6 +60,7 @@ def main() -> None:
     parser.add_argument("-repeats", type=int, default=3)
     parser.add_argument("-epochs", type=int, default=10)
     parser.add_argument("-iterations", type=int, default=20, help="per epoch")
+    parser.add_argument("-only", nargs="+", help="some of the set, by name")
     parser.add_argument("-device", default="cuda")
     parser.add_argument("-o", type=Path, default=Path("recipes.csv"))
     args = parser.parse_args()
@@ -70,6 +73,8 @@ def main() -> None:
     done = {tuple(r[k] for k in keys[:8]) for r in rows}
     for repeat in range(args.repeats):
         for name, changes in SETS[args.set].items():
+            if args.only and name not in args.only:
+                continue
             row = [dataset.name, args.c, args.p, args.set, name, args.epochs, args.iterations, repeat]
             if tuple(map(str, row)) in done:
                 continue
@@ -84,7 +89,7 @@ def main() -> None:
                 writer = csv.DictWriter(file, fieldnames=keys)
                 writer.writeheader()
                 writer.writerows(rows)
-    for name in SETS[args.set]:
+    for name in args.only or SETS[args.set]:
         values = [
             float(r["dice"])
             for r in rows
@@ -104,14 +109,16 @@ def train_and_validate(dataset: Path, changes: str, args: argparse.Namespace) ->
         changes = ""
     tokens = [t for t in changes.split(",") if t and "=" not in t]
     os.environ["MTL_RECIPE"] = ",".join(t for t in changes.split(",") if "=" in t)
-    os.environ["MTL_ITERATIONS_PER_EPOCH"] = f"{args.iterations},1"
     plans["continue_training"] = False
     cls = VARIANTS["MTLTrainerScratch" if "SCRATCH" in tokens else "MTLTrainer"]
+    if "STOCK" in tokens:
+        cls = nnUNetTrainer
     description = json.loads((dataset / "dataset.json").read_text())
     trainer = cls(plans, args.c, args.f, description, torch.device(args.device))
     shutil.rmtree(trainer.output_folder_base)
     Path(trainer.output_folder).mkdir(parents=True)
     trainer.num_epochs = args.epochs
+    trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = args.iterations, 1
     trainer.disable_checkpointing = True
     trainer.logger.plot_progress_png = lambda *_: None
     if "INSTANCE" in tokens:
