@@ -26,6 +26,7 @@ TRAINERS = ("MTLTrainer_10epochs", "MTLTrainerScratch_10epochs", "StockTrainer_1
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-d", required=True)
+    parser.add_argument("-c", default="2d")
     parser.add_argument("-f", default="0")
     parser.add_argument(
         "-p", default="nnUNetPlans", help="plans, e.g. a copy of nnUNetPlans with a smaller batch for a CPU"
@@ -49,10 +50,10 @@ def main() -> None:
     for repeat in range(args.repeats):
         for trainer in args.trainers:
             (dataset,) = Path(os.environ["nnUNet_preprocessed"]).glob(f"Dataset{int(args.d):03d}_*")
-            model = Path(os.environ["nnUNet_results"], dataset.name, f"{trainer}__{args.p}__2d")
+            model = Path(os.environ["nnUNet_results"], dataset.name, f"{trainer}__{args.p}__{args.c}")
             shutil.rmtree(model, ignore_errors=True)
             started = time.monotonic()
-            command = ["nnUNetv2_train", args.d, "2d", args.f, "-tr", trainer, "-p", args.p, "-device", args.device]
+            command = ["nnUNetv2_train", args.d, args.c, args.f, "-tr", trainer, "-p", args.p, "-device", args.device]
             done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")

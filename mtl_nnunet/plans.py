@@ -157,7 +157,6 @@ def write_plans(
     # relative, so that the preprocessed folder can move
     record = {**selection.record(), "folder": os.path.relpath(selection.folder, folder), RECIPE_KEY: dict(recipe or {})}
     source_plans = deepcopy(plans)
-    plans["plans_name"] = new_name
     changed: list[str] = []
     refused = None
     for configuration in only or configurations:
@@ -168,6 +167,7 @@ def write_plans(
             if only:
                 raise
             refused = error
+    plans["plans_name"] = new_name
     if not changed:
         raise refused or UserError(f"{source} has no configuration. Plan one with nnUNetv2_plan_experiment.")
     if batch_sizes is not None:
