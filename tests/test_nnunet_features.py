@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -498,7 +499,7 @@ def killed(place: Workplace) -> list[dict[str, Any]]:
 
 
 def test_of_a_killed_run_nothing_but_the_epoch_in_progress_is_lost(killed: list[dict[str, Any]]) -> None:
-    for before, after in zip(killed, killed[1:], strict=False):
+    for before, after in pairwise(killed):
         last_begun = epochs_begun(before["log"])[-1]
         latest = before["checkpoints"]["checkpoint_latest.pth"]
         assert latest["current_epoch"] in (last_begun, last_begun + 1)
