@@ -119,6 +119,8 @@ class Workplace:
             **{f"nnUNet_{k}": str(root / k) for k in ("raw", "preprocessed", "results")},
             "nnUNet_n_proc_DA": "1",
             "nnUNet_def_n_proc": "1",
+            # trainings share the cores: a thread that waits must not keep one busy
+            "OMP_WAIT_POLICY": "PASSIVE",
             "MTL_ITERATIONS_PER_EPOCH": iterations,
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         }

@@ -491,8 +491,6 @@ def killed(place: Workplace) -> list[dict[str, Any]]:
         kill(run, folder, moment, rng)
         checkpoints = {f.name: torch.load(f, weights_only=True) for f in folder.glob("*.pth")}
         seen.append({"log": last_log(folder), "checkpoints": checkpoints})
-        # names of logs have seconds
-        time.sleep(1)
     place.run(*training("2d", "0", "--c", trainer=KILLED))
     seen.append({"log": last_log(folder), "checkpoints": {}})
     return seen
