@@ -54,6 +54,7 @@ class MTLTrainer(nnUNetTrainer):
 
     load_encoder = True
     fixed: ClassVar[dict[str, Any]] = {}
+    _best_ema: float | None
 
     def __init__(
         self,

@@ -514,7 +514,10 @@ def test_killed_run_ends_as_if_it_had_not_been(place: Workplace, killed: list[di
     assert {f.name for f in folder.glob("*.pth")} == {"checkpoint_final.pth", "checkpoint_best.pth"}
     assert not list(folder.glob("*.tmp")) + list(folder.glob(".*.tmp"))
     best = torch.load(folder / "checkpoint_best.pth", weights_only=True)
-    assert best["_best_ema"] == max(final["logging"]["ema_fg_dice"])
+    # a kill may fall between nnU-Net's writing of an epoch's latest and of its best checkpoint
+    last_epochs = {run["checkpoints"]["checkpoint_latest.pth"]["current_epoch"] - 1 for run in killed[:-1]}
+    reached = [ema for epoch, ema in enumerate(final["logging"]["ema_fg_dice"]) if epoch not in last_epochs]
+    assert best["_best_ema"] >= max(reached)
 
 
 def test_recipe_of_the_environment_is_recorded_and_kept_when_continued_without_it(
