@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -54,6 +54,7 @@ class MTLTrainer(nnUNetTrainer):
 
     load_encoder = True
     fixed: ClassVar[dict[str, Any]] = {}
+    _best_ema: float | None
 
     def __init__(
         self,
@@ -140,6 +141,9 @@ class MTLTrainer(nnUNetTrainer):
         """Take possession of the model folder before nnU-Net writes its plans there."""
         if self.local_rank == 0:
             self._claim_model_folder()
+            # of a run that was killed while it wrote
+            for leftover in Path(self.output_folder).glob(".checkpoint_*.pth.*.tmp"):
+                leftover.unlink(missing_ok=True)
         super().on_train_start()
 
     def save_checkpoint(self, filename: str) -> None:
@@ -189,6 +193,12 @@ class MTLTrainer(nnUNetTrainer):
             self._adopt(begun_with)
         self.resuming = True
         super().load_checkpoint(filename_or_checkpoint)
+        best = Path(filename_or_checkpoint).with_name("checkpoint_best.pth")
+        if best.is_file():
+            # of one epoch nnU-Net writes the latest checkpoint first, which knows only the best epoch before
+            with suppress(UserError):
+                known = (self._best_ema, _read_checkpoint(str(best))["_best_ema"])
+                self._best_ema = max((ema for ema in known if ema is not None), default=None)
 
     def _selected(
         self, plans: dict[str, Any], configuration: str, fold: int, dataset_json: dict[str, Any]

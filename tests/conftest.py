@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,3 +97,57 @@ def make_dataset(nnunet_folders: Path) -> Callable[..., Path]:
         return write_phantoms(nnunet_folders / "raw" / f"Dataset{number:03d}_Phantom", seed=100 * number, **options)
 
     return make
+
+
+class Workplace:
+    """nnU-Net's three folders, and its commands run in them.
+
+    Args:
+        root: Where the folders are made.
+        dataset: Whose models ``model`` finds.
+        trainer: That they were trained with, unless it is told another.
+        iterations: Per epoch, training and validation.
+    """
+
+    def __init__(self, root: Path, dataset: str, trainer: str, iterations: str = "10,2"):
+        self.root = root
+        self.dataset = dataset
+        self.trainer = trainer
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("nnUNet_")}
+        self.environment = {
+            **inherited,
+            **{f"nnUNet_{k}": str(root / k) for k in ("raw", "preprocessed", "results")},
+            "nnUNet_n_proc_DA": "1",
+            "nnUNet_def_n_proc": "1",
+            # trainings share the cores: a thread that waits must not keep one busy
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "MTL_ITERATIONS_PER_EPOCH": iterations,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        }
+        for folder in ("raw", "preprocessed", "results"):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+        self.environment["nnUNet_extTrainer"] = self.run("mtl-nnunet", "trainers").stdout.strip()
+
+    def start(self, *command: str, **variables: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            command,
+            env={**self.environment, **variables},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, *command: str, fails: bool = False) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
+        assert (done.returncode != 0) == fails, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        return done
+
+    def run_together(self, *commands: Sequence[str]) -> None:
+        begun = [self.start(*command) for command in commands]
+        for command, process in zip(commands, begun, strict=True):
+            output, _ = process.communicate()
+            assert process.returncode == 0, f"{' '.join(command)}\n{output[-6000:]}"
+
+    def model(self, trainer: str | None = None, plans: str = "nnUNetPlans", configuration: str = "2d") -> Path:
+        return self.root / "results" / self.dataset / f"{trainer or self.trainer}__{plans}__{configuration}"

@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,56 +13,18 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import DEMO_RUN, phantom, write_image, write_phantoms
+from conftest import DEMO_RUN, Workplace, phantom, write_image, write_phantoms
 
 pytestmark = pytest.mark.slow
 
 NAME = "Dataset008_Phantom"
 TRAINER = "MTLTrainer_10epochs"
-BIN = Path(sys.executable).parent
-
-
-class Workplace:
-    """nnU-Net's three folders, and its commands run in them."""
-
-    def __init__(self, root: Path):
-        self.root = root
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith("nnUNet_")}
-        self.environment = {
-            **inherited,
-            **{f"nnUNet_{k}": str(root / k) for k in ("raw", "preprocessed", "results")},
-            "nnUNet_n_proc_DA": "1",
-            "nnUNet_def_n_proc": "1",
-            "MTL_ITERATIONS_PER_EPOCH": "10,2",
-            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-        }
-        for folder in ("raw", "preprocessed", "results"):
-            (root / folder).mkdir(parents=True, exist_ok=True)
-        self.environment["nnUNet_extTrainer"] = self.run("mtl-nnunet", "trainers").stdout.strip()
-
-    def start(self, *command: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            command,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-
-    def run(self, *command: str, fails: bool = False) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
-        assert (done.returncode != 0) == fails, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-        return done
-
-    def model(self, trainer: str = TRAINER, plans: str = "nnUNetPlans") -> Path:
-        return self.root / "results" / NAME / f"{trainer}__{plans}__2d"
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     """Selected, planned (default and ResEnc) and preprocessed."""
-    place = Workplace(tmp_path_factory.mktemp("end to end"))
+    place = Workplace(tmp_path_factory.mktemp("end to end"), NAME, TRAINER)
     raw = place.root / "raw" / NAME
     write_phantoms(raw, num_cases=10, shape=(10, 56, 40))
     for i in range(3):
@@ -173,7 +133,7 @@ def test_exported_model_predicts_the_same_in_another_place(trained: Workplace, p
     zipped = str(tmp_path / "model.zip")
     export = ("-d", "8", "-o", zipped, "-c", "2d", "-tr", TRAINER, "-f", "0", "1", "-p", "nnUNetPlans", "--not_strict")
     trained.run("nnUNetv2_export_model_to_zip", *export)
-    elsewhere = Workplace(tmp_path / "elsewhere")
+    elsewhere = Workplace(tmp_path / "elsewhere", NAME, TRAINER)
     del elsewhere.environment["nnUNet_extTrainer"]
     elsewhere.run("nnUNetv2_install_pretrained_model_from_zip", zipped)
     plans = json.loads((elsewhere.model() / "plans.json").read_text())
@@ -210,8 +170,3 @@ def test_resenc_plans_train_too(place: Workplace) -> None:
     written = json.loads((place.model("MTLTrainer_1epoch", plans) / "plans.json").read_text())
     architecture = written["configurations"]["2d"]["architecture"]
     assert architecture["network_class_name"] == "mtl_nnunet.network.TimmUNet"
-
-
-def test_three_dimensions_are_refused_with_one_clear_message(place: Workplace) -> None:
-    done = place.run("nnUNetv2_train", "8", "3d_fullres", "0", "-tr", TRAINER, "-device", "cpu", fails=True)
-    assert "MTLTrainer trains 2D configurations for now" in done.stderr.strip().splitlines()[-1]

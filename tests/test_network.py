@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -46,3 +49,28 @@ def test_encoder_is_stored_once_and_nothing_would_overwrite_its_weights() -> Non
 def test_strides_of_another_encoder_are_refused() -> None:
     with pytest.raises(ValueError, match="not those of timm encoder 'test_convnext'"):
         TimmUNet(1, 3, "test_convnext", strides_of(TimmEncoder("test_resnet")))
+
+
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
+INDUCTOR = pytest.param("inductor", 1e-3, marks=[pytest.mark.slow, needs_compiler])
+STRIDES = {2: strides_of(TimmEncoder("test_resnet")), 3: [[1, 1, 1], [1, 2, 2], [2, 2, 2], *[[1, 2, 2]] * 3]}
+
+
+@pytest.mark.parametrize("axes", STRIDES)
+@pytest.mark.parametrize(("backend", "tolerance"), [("aot_eager", 1e-5), INDUCTOR])
+def test_compiled_network_gives_the_same_outputs_and_gradients(backend: str, tolerance: float, axes: int) -> None:
+    torch._dynamo.reset()
+    network = TimmUNet(1, 3, "test_resnet", STRIDES[axes], deep_supervision=True)
+    copied = copy.deepcopy(network)
+    copied.encoder.frozen_statistics = network.encoder.frozen_statistics = True
+    compiled = torch.compile(copied, backend=backend)
+    images = torch.randn(2, 1, *([4] if axes == 3 else []), 64, 64)
+    outputs = [module.train()(images) for module in (network, compiled)]
+    for predicted in outputs:
+        sum(o.square().mean() for o in predicted).backward()
+    for output, other in zip(*outputs, strict=True):
+        torch.testing.assert_close(output, other, rtol=tolerance, atol=tolerance)
+    for (name, a), b in zip(network.named_parameters(), copied.parameters(), strict=True):
+        assert torch.linalg.vector_norm(a.grad - b.grad) <= tolerance * (1 + torch.linalg.vector_norm(a.grad)), name
+    for (name, a), b in zip(network.named_buffers(), copied.buffers(), strict=True):
+        assert torch.equal(a, b), f"{name} is frozen"

@@ -244,6 +244,18 @@ def test_resuming_restores_everything_and_needs_no_selection(folders: Path) -> N
     assert again._best_ema == first._best_ema
 
 
+def test_resuming_knows_the_best_epoch_though_it_is_the_latest(folders: Path) -> None:
+    first = started(make(MTLTrainer, folders))
+    folder = Path(first.output_folder)
+    first._best_ema = None
+    first.save_checkpoint(str(folder / "checkpoint_latest.pth"))
+    first._best_ema = 0.5
+    first.save_checkpoint(str(folder / "checkpoint_best.pth"))
+    again = make(MTLTrainer, folders, resume=True)
+    again.load_checkpoint(str(folder / "checkpoint_latest.pth"))
+    assert again._best_ema == 0.5
+
+
 def test_continuing_where_nothing_is_to_continue_loads_the_encoder(folders: Path) -> None:
     trainer = make(MTLTrainer, folders, resume=True)
     trainer.initialize()
