@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 # on import it registers its networks with timm
 from mtl_nnunet import paper_resnet  # noqa: F401
 from mtl_nnunet.errors import UserError, listed
-from mtl_nnunet.inflation import Depth, inflate, reductions_at_inputs
+from mtl_nnunet.inflation import Depth, inflate
 
 MIN_LEVELS = 3
 SUPPORTED = "ResNet, ConvNeXt, EfficientNet, RegNet, MobileNetV3 or Swin"
@@ -43,7 +43,8 @@ class TimmEncoder(nn.Module):
         output_channels: Channels of each feature map.
         reductions: How many times smaller each feature map is than the image, per side (in the plane).
         source: Where its weights come from, or None at random initialisation.
-        frozen_statistics: BatchNorm normalises by its running statistics and leaves them alone, also in training mode.
+        frozen: It computes what it was pretrained to compute, also in training mode: no dropped paths, no batch statistics.
+        frozen_statistics: BatchNorm alone does, by its running statistics.
 
     Raises:
         UserError: timm does not know the name, the network has no pyramid of three or more levels, or cannot be made
@@ -57,11 +58,11 @@ class TimmEncoder(nn.Module):
         self.label_channels = label_channels
         self.depth = depth
         self.source: str | None = None
+        self.frozen = False
         self.frozen_statistics = False
         self.timm: Any = _feature_pyramid(name, input_channels + label_channels)
         self.output_channels: tuple[int, ...] = tuple(self.timm.feature_info.channels())
         self.reductions: tuple[int, ...] = tuple(self.timm.feature_info.reduction())
-        _freeze_what_never_runs(self.timm.model, input_channels + label_channels, self.reductions[-1])
         if depth is not None:
             inflate(self.timm.model, name, input_channels + label_channels, depth)
 
@@ -74,13 +75,33 @@ class TimmEncoder(nn.Module):
         return features
 
     def train(self, mode: bool = True) -> TimmEncoder:
-        """Training or evaluation mode; frozen statistics stay frozen, which nnU-Net's ``network.train()`` would undo."""
-        super().train(mode)
+        """Training or evaluation mode; what is frozen stays in the latter, which nnU-Net's ``network.train()`` would undo."""
+        super().train(mode and not self.frozen)
         if self.frozen_statistics:
             for module in self.modules():
                 if isinstance(module, _BatchNorm):
                     module.eval()
         return self
+
+    def unused_parameters(self) -> list[nn.Parameter]:
+        """Parameters that no feature map depends on, such as a final norm: autograd says so, on a small image."""
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        side = 2 * self.reductions[-1]
+        size = (side, side) if self.depth is None else (self.depth.depth_reductions[-1], side, side)
+        device = next(self.parameters()).device
+        mode = self.training
+        try:
+            self.eval()
+            with torch.enable_grad():
+                features = self(torch.zeros(1, self.input_channels + self.label_channels, *size, device=device))
+                total = torch.stack([f.float().sum() for f in features]).sum()
+                gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+        except (RuntimeError, AssertionError, ValueError):
+            # a network that takes no image of this size
+            return []
+        finally:
+            self.train(mode)
+        return [p for p, g in zip(parameters, gradients, strict=True) if g is None]
 
     def first_levels(self, images: Tensor, num_levels: int) -> list[Tensor]:
         """The ``num_levels`` shallowest feature maps; layers beyond them are not run."""
@@ -215,19 +236,6 @@ def _feature_pyramid(name: str, input_channels: int) -> Any:
     ):
         raise no_pyramid
     return pyramid
-
-
-def _freeze_what_never_runs(model: Any, input_channels: int, deepest: int) -> None:
-    """A final norm, say, gets no gradient; several GPUs would wait for it for ever."""
-    try:
-        run = reductions_at_inputs(model, input_channels, deepest)
-    except (RuntimeError, AssertionError):
-        # a network that takes no image of this size
-        return
-    for module in model.modules():
-        if module is not model and module not in run:
-            for parameter in module.parameters(recurse=False):
-                parameter.requires_grad_(False)
 
 
 def _first_convolutions(model: Any) -> tuple[str, ...]:

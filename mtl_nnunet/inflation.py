@@ -147,9 +147,9 @@ def inflate(model: nn.Module, name: str, input_channels: int, depth: Depth) -> N
     """
     if depth.weights not in WEIGHTS:
         raise UserError(f"inflation '{depth.weights}' is unknown. Expected {' or '.join(WEIGHTS)}.")
-    before = reductions_at_inputs(model, input_channels, depth.reductions[-1])
     if type(model) not in CONTAINERS:
         raise _no_counterpart(name, model)
+    before = _reductions_at_inputs(model, input_channels, depth.reductions[-1])
     _inflate_children(model, name, before, depth)
 
 
@@ -319,20 +319,15 @@ REPLACED: dict[type[nn.Module], Callable[[Any, int, Depth], nn.Module]] = {
 }
 
 
-def reductions_at_inputs(model: nn.Module, input_channels: int, deepest: int) -> dict[nn.Module, int]:
-    """In-plane reduction of what each module of a 2D encoder is given, for those that the feature pass runs.
-
-    Args:
-        model: What timm's feature getter holds.
-        input_channels: Channels of its images.
-        deepest: Its deepest reduction; an image of twice that side is run.
-    """
+def _reductions_at_inputs(model: nn.Module, input_channels: int, deepest: int) -> dict[nn.Module, int]:
+    """In-plane reduction of what each module is given, for those that the feature pass runs."""
     side = 2 * deepest
     seen: dict[nn.Module, int] = {}
 
     def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         # channels-last inside a ConvNeXt block; nothing in there is asked for
-        seen.setdefault(module, max(1, round(side / inputs[0].shape[-1])))
+        width = inputs[0].shape[-1] if inputs and isinstance(inputs[0], Tensor) else side
+        seen.setdefault(module, max(1, round(side / width)))
 
     hooks = [m.register_forward_pre_hook(note) for m in model.modules()]
     was_training = model.training

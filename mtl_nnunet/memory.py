@@ -22,6 +22,8 @@ MIN_BATCH_SIZE = 2
 # nnU-Net's ExperimentPlanner.max_dataset_covered and UNet_min_batch_size
 MAX_DATASET_COVERED = 0.05
 RESERVE = GB
+# counting stops being quick far beyond what any GPU has
+MAX_TARGET_GB = 1024
 FRAGMENTATION = 0.1
 ADAMW_MOMENTS, SGD_MOMENTS = 2, 1
 ASSUMPTIONS = (
@@ -435,8 +437,8 @@ def size_batches(
     """
     from mtl_nnunet.plans import preprocessed_folder
 
-    if not (isfinite(target_gb) and target_gb > 0):
-        raise UserError(f"-gpu_memory_target {target_gb:g} is not valid. Expected GB of GPU memory, e.g. 8.")
+    if not (isfinite(target_gb) and 0 < target_gb <= MAX_TARGET_GB):
+        raise UserError(f"-gpu_memory_target {target_gb:g} is not valid. Expected GB of one GPU's memory, e.g. 8.")
     target = int(target_gb * GB)
     file = preprocessed_folder(plans["dataset_name"]) / "dataset.json"
     try:

@@ -155,7 +155,9 @@ def write_plans(
         raise UserError(f"{source} is no plans file of nnU-Net v2 ({error!r}). Plan the dataset again.") from error
     selection = read_selection(selection_folder or folder / DEFAULT_FOLDER)
     # relative, so that the preprocessed folder can move
-    record = {**selection.record(), "folder": os.path.relpath(selection.folder, folder), RECIPE_KEY: dict(recipe or {})}
+    record = {**selection.record(), "folder": os.path.relpath(selection.folder, folder)}
+    # plans that carry a recipe keep it
+    record[RECIPE_KEY] = {**plans.get(RECORD_KEY, {}).get(RECIPE_KEY, {}), **(recipe or {})}
     source_plans = deepcopy(plans)
     changed: list[str] = []
     refused = None
@@ -168,6 +170,8 @@ def write_plans(
                 raise
             refused = error
     plans["plans_name"] = new_name
+    for configuration in set(configurations) - set(changed):
+        _keep_own(plans["configurations"][configuration], source_plans, configuration)
     if not changed:
         raise refused or UserError(f"{source} has no configuration. Plan one with nnUNetv2_plan_experiment.")
     if batch_sizes is not None:
@@ -175,6 +179,15 @@ def write_plans(
             plans["configurations"][configuration]["batch_size"] = size
     write_text(target, to_json(plans))
     return target, changed
+
+
+def _keep_own(configuration: dict[str, Any], source: dict[str, Any], name: str) -> None:
+    """What a configuration inherited from one that was changed stays what it was."""
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    if "inherits_from" in configuration:
+        was = PlansManager(deepcopy(source)).get_configuration(name).configuration
+        configuration.update({k: deepcopy(was[k]) for k in ("architecture", "patch_size", "batch_size") if k in was})
 
 
 def _encoder_shape(

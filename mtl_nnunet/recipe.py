@@ -72,6 +72,8 @@ def recipe(*changes: Mapping[str, Any], where: str = "recipe") -> Recipe:
     """
     merged: dict[str, Any] = {}
     for change in changes:
+        if not isinstance(change, Mapping):
+            raise UserError(f"{where} is no object of hyper-parameters, e.g. " + '{"lr": 0.0005}.')
         merged.update(change)
     known = {f.name: f.default for f in fields(Recipe)}
     for name, value in merged.items():
@@ -105,16 +107,17 @@ def read_recipe(text: str, where: str) -> dict[str, Any]:
         >>> read_recipe("optimizer=sgd,lr=1e-3", "-recipe")
         {'optimizer': 'sgd', 'lr': '1e-3'}
     """
+    changes: dict[str, Any]
     if text.endswith(".json"):
         try:
-            changes = json.loads(Path(text).read_text(encoding="utf-8"))
+            changes = json.loads(Path(text).read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{where}={text} cannot be read as JSON ({error}). Expected an object of hyper-parameters, e.g. "
                 '{"lr": 0.0005}.'
             ) from error
         if not isinstance(changes, dict):
-            raise UserError(f"{where}={text} holds no JSON object of hyper-parameters, e.g. {{" + '"lr": 0.0005}.')
+            raise UserError(f"{where}={text} holds no JSON object of hyper-parameters, e.g. " + '{"lr": 0.0005}.')
     else:
         pairs = [part.partition("=") for part in text.split(",")]
         if not all(equals for _, equals, _ in pairs):
@@ -122,7 +125,10 @@ def read_recipe(text: str, where: str) -> dict[str, Any]:
                 f"{where}={text} is not valid. Expected the path of a .json file, or name=value,name=value, e.g. "
                 "optimizer=sgd,lr=1e-3."
             )
-        changes = {name.strip(): value.strip() for name, _, value in pairs}
+        try:
+            changes = _without_repeats([(name.strip(), value.strip()) for name, _, value in pairs])
+        except ValueError as error:
+            raise UserError(f"{where}={text} is not valid: {error}.") from error
     recipe(changes, where=f"{where}={text}")
     return changes
 
@@ -140,6 +146,9 @@ def parameter_groups(network: Any, how: Recipe) -> list[dict[str, Any]]:
     model = network.encoder.timm.model
     if how.frozen_epochs == "all":
         network.encoder.requires_grad_(False)
+    for parameter in network.encoder.unused_parameters():
+        # several processes would wait for its gradient for ever
+        parameter.requires_grad_(False)
     others = nn.ModuleDict({name: child for name, child in network.named_children() if name != "encoder"})
     groups = [
         {**g, "lr": how.lr, "part": "decoder"} for g in param_groups_weight_decay(others, weight_decay=how.weight_decay)
@@ -152,7 +161,9 @@ def parameter_groups(network: Any, how: Recipe) -> list[dict[str, Any]]:
             model, weight_decay=how.weight_decay, no_weight_decay_list=kept, layer_decay=how.layer_decay
         )
     lr = how.lr * how.encoder_lr_factor
-    return groups + [{**g, "lr": lr * g.pop("lr_scale", 1.0), "part": "encoder"} for g in encoder]
+    # timm counts layers that are not there any more, such as the classifier's norm
+    deepest = max((g.get("lr_scale", 1.0) for g in encoder), default=1.0)
+    return groups + [{**g, "lr": lr * g.pop("lr_scale", 1.0) / deepest, "part": "encoder"} for g in encoder]
 
 
 def optimizer_of(groups: Sequence[dict[str, Any]], how: Recipe) -> torch.optim.Optimizer:
@@ -229,19 +240,25 @@ def _checked(name: str, value: Any, default: Any, where: str) -> Any:
         "encoder_lr_factor": ("a number from 0 to 10", -1.0, 10.0),
         "layer_decay": ("a number above 0, at most 1", 0.0, 1.0),
         "weight_decay": ("a number from 0", -1.0, 100.0),
-        "momentum": ("a number from 0 to below 1", -1.0, 0.9999),
+        "momentum": ("a number from 0 to below 1", -1.0, 1.0),
         "warmup_epochs": ("a whole number from 0", -1.0, 1e6),
         "frozen_epochs": ("a whole number from 0, or all", -1.0, 1e6),
         "clip_norm": ("a number above 0, at most 12", 0.0, 12.0),
     }[name]
     try:
-        number = int(value) if isinstance(default, int) else float(value)
+        number = int(float(value)) if isinstance(default, int) else float(value)
         exact = not isinstance(value, bool) and float(value) == number
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         exact = False
-    if not exact or not low < number <= high or (low == -1.0 and number < 0):
+    if not exact or not low < number <= high or (low == -1.0 and number < 0) or (name == "momentum" and number == 1):
         raise UserError(f"{where}: {name}={value} makes no sense. Expected {expected}.")
     return number
+
+
+def _without_repeats(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    if len({name for name, _ in pairs}) < len(pairs):
+        raise ValueError("a name stands there twice")
+    return dict(pairs)
 
 
 def _nothing(_: Any) -> None:

@@ -67,7 +67,14 @@ class MTLTrainer(nnUNetTrainer):
         plans = deepcopy(plans)
         self.selection: Selection | None = None
         self.resuming = False
-        self.recipe = recipe(plans.get(RECORD_KEY, {}).get(RECIPE_KEY, {}), recipe_of_environment(), self.fixed)
+        self._refuse_what_would_be_ignored()
+        in_plans = plans.get(RECORD_KEY, {}).get(RECIPE_KEY, {})
+        recipe(in_plans, where=f"the recipe in the plans '{plans.get('plans_name')}'")
+        # a fold that goes on does so with its own recipe, whatever the environment says now
+        goes_on = plans.get("continue_training") and _has_checkpoint(
+            _model_folder(type(self).__name__, plans, configuration), fold
+        )
+        self.recipe = recipe(in_plans, {} if goes_on else recipe_of_environment(), self.fixed)
         record = {
             **self._selected(plans, configuration, fold, dataset_json),
             RECIPE_KEY: asdict(self.recipe),
@@ -113,9 +120,10 @@ class MTLTrainer(nnUNetTrainer):
         return optimizer, EpochwiseLR(optimizer, self.num_epochs, self._warmup(), self._frozen_epochs())
 
     def on_train_epoch_start(self) -> None:
-        """Before nnU-Net switches to training mode, say which statistics stay as they are."""
+        """Before nnU-Net switches to training mode, say what of the encoder stays as it is."""
         frozen = self.current_epoch < self._frozen_epochs()
-        self._bare_network().encoder.frozen_statistics = frozen or self.recipe.batch_norm == "frozen"
+        encoder = self._bare_network().encoder
+        encoder.frozen, encoder.frozen_statistics = frozen, self.recipe.batch_norm == "frozen"
         super().on_train_epoch_start()
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -178,21 +186,26 @@ class MTLTrainer(nnUNetTrainer):
             UserError: The file cannot be read safely, or was begun from another selection.
         """
         checkpoint = _read_checkpoint(filename_or_checkpoint)
-        begun_from = checkpoint["init_args"]["plans"].get(RECORD_KEY, {}).get("encoder_sha256")
+        begun = checkpoint["init_args"]["plans"].get(RECORD_KEY, {})
+        begun_from = begun.get("encoder_sha256")
         record = self.plans_manager.plans[RECORD_KEY]
         if begun_from != record["encoder_sha256"]:
             raise UserError(_other_selection(Path(filename_or_checkpoint).parent, begun_from, record["encoder_sha256"]))
-        begun_with = recipe(
-            checkpoint["init_args"]["plans"][RECORD_KEY].get(RECIPE_KEY, {}), where=filename_or_checkpoint
-        )
-        if begun_with != self.recipe:
+        begun_with = recipe(begun.get(RECIPE_KEY, {}), self.fixed, where=filename_or_checkpoint)
+        if begun_with != replace(self.recipe, lr=self.initial_lr, weight_decay=self.weight_decay):
             self.print_to_log_file(
                 f"This fold goes on with the recipe it was begun with; what {RECIPE_VARIABLE} or the plans say now is left aside: "
                 f"{self.recipe.summary}."
             )
             self._adopt(begun_with)
         self.resuming = True
-        super().load_checkpoint(filename_or_checkpoint)
+        try:
+            super().load_checkpoint(filename_or_checkpoint)
+        except ValueError as error:
+            raise UserError(
+                f"the optimiser's state in {filename_or_checkpoint} does not fit ({error}): the fold was begun by another version of "
+                f"mtl-nnunet ({begun.get('trained_with', 'unknown')}; this is {__version__}). Install that one to go on with it."
+            ) from error
         best = Path(filename_or_checkpoint).with_name("checkpoint_best.pth")
         if best.is_file():
             # of one epoch nnU-Net writes the latest checkpoint first, which knows only the best epoch before
@@ -206,8 +219,7 @@ class MTLTrainer(nnUNetTrainer):
         """The record of the selection to train from, checked against what the model folder was begun from."""
         folder = _model_folder(type(self).__name__, plans, configuration)
         begun = _read_record(folder)
-        fold_folder = folder / f"fold_{fold}"
-        if begun is not None and any((fold_folder / name).is_file() for name in CHECKPOINTS):
+        if begun is not None and _has_checkpoint(folder, fold):
             try:
                 self.selection = selection_of(plans)
             except UserError:
@@ -267,6 +279,18 @@ class MTLTrainer(nnUNetTrainer):
                 "comparable only with the same recipe."
             )
 
+    def _refuse_what_would_be_ignored(self) -> None:
+        """Trainers that bring an optimiser or a network of their own do not go together with this one."""
+        mro = type(self).__mro__
+        for cls in mro[mro.index(MTLTrainer) + 1 : mro.index(nnUNetTrainer)]:
+            for method in ("configure_optimizers", "build_network_architecture"):
+                if method in vars(cls):
+                    raise UserError(
+                        f"{type(self).__name__} combines MTLTrainer with {cls.__name__}, whose {method} would be ignored or would not fit: "
+                        "MTLTrainer brings a network and a recipe. Combine it with trainers that change augmentation, loss, sampling "
+                        f"or length, and set hyper-parameters with {RECIPE_VARIABLE}."
+                    )
+
     def _set_iterations(self) -> None:
         """Iterations per epoch from the environment: the way to train on a CPU without a class of one's own."""
         text = os.environ.get(ITERATIONS_VARIABLE)
@@ -314,6 +338,10 @@ def _model_folder(trainer: str, plans: dict[str, Any], configuration: str) -> Pa
     if not nnUNet_results.is_set():
         raise UserError("the environment variable nnUNet_results is not set. Set it as nnU-Net's documentation says.")
     return Path(nnUNet_results.get(), plans["dataset_name"], f"{trainer}__{plans['plans_name']}__{configuration}")
+
+
+def _has_checkpoint(folder: Path, fold: int) -> bool:
+    return any((folder / f"fold_{fold}" / name).is_file() for name in CHECKPOINTS)
 
 
 def _read_record(folder: Path) -> dict[str, Any] | None:

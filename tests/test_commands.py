@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import DEMO_RUN
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from mtl_nnunet.cli.main import main, trainers_folder
 from mtl_nnunet.cli.select_checkpoint import main as select
@@ -150,6 +151,13 @@ def test_plans_command_writes_a_file_of_another_name(make_dataset, capsys: pytes
         "lr": "1e-4",
         "frozen_epochs": "all",
     }
+    assert main(["plans", "-d", "1", "-o", "flat", "-c", "2d", "3d_fullres"]) == 0
+    capsys.readouterr()
+    kept = PlansManager(json.loads((folder / "flat.json").read_text()))
+    stock_manager = PlansManager(json.loads(stock))
+    for inheriting in ("2d_small", "3d_cascade_fullres"):
+        ours, theirs = (m.get_configuration(inheriting).configuration for m in (kept, stock_manager))
+        assert ours == theirs, "what inherits from a changed configuration stays nnU-Net's"
     for arguments, said in (
         (["-o", "nnUNetPlansMTL"], "exist already"),
         (["-o", "nnUNetPlans", "--overwrite"], "exist already"),

@@ -154,3 +154,9 @@ def test_stopping_early_changes_no_level(name: str) -> None:
             some = encoder.first_levels(images, num_levels)
             assert len(some) == num_levels
             assert all(torch.equal(a, b) for a, b in zip(some, every, strict=False))
+
+
+@pytest.mark.parametrize("name", ["edgenext_xx_small", "rdnet_tiny"])
+def test_networks_whose_modules_take_lists_are_encoders_too(name: str) -> None:
+    encoder = TimmEncoder(name, 1)
+    assert [f.shape[1] for f in encoder(torch.zeros(1, 1, 64, 64))] == list(encoder.output_channels)

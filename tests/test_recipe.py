@@ -23,6 +23,16 @@ from mtl_nnunet.recipe import (
     recipe_of_environment,
 )
 
+FAMILIES = (
+    "test_resnet",
+    "test_convnext",
+    "test_efficientnet",
+    "regnety_002",
+    "mobilenetv3_small_050",
+    "swin_tiny_patch4_window7_224",
+    "swinv2_tiny_window8_256",
+)
+
 
 def network(name: str = "test_resnet") -> TimmUNet:
     return TimmUNet(1, 3, name, strides_of(TimmEncoder(name)))
@@ -57,6 +67,8 @@ def test_later_changes_win_and_nothing_else_changes() -> None:
         ("optimizer=lion", "adamw or sgd"),
         ("batch_norm=on", "live or frozen"),
         ("momentum=1", "below 1"),
+        ("lr=1e-3,lr=1e-4", "stands there twice"),
+        ("warmup_epochs=inf", "whole number"),
         ("learning_rate=1e-3", "unknown hyper-parameter 'learning_rate'"),
         ("missing.json", "cannot be read as JSON"),
     ],
@@ -70,7 +82,18 @@ def test_senseless_recipes_are_refused_with_what_is_expected(
     assert said in str(caught.value)
 
 
-@pytest.mark.parametrize("content", ["[1]", "{", '{"lr": null}', '{"lr": true}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[1]",
+        "{",
+        '{"lr": null}',
+        '{"lr": true}',
+        '{"lr": 1, "lr": 2}',
+        '{"warmup_epochs": Infinity}',
+        '{"lr": 1' + "0" * 400 + "}",
+    ],
+)
 def test_damaged_files_are_refused(content: str, tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
     file.write_text(content)
@@ -78,7 +101,7 @@ def test_damaged_files_are_refused(content: str, tmp_path: Path) -> None:
         read_recipe(str(file), "MTL_RECIPE")
 
 
-@pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "test_efficientnet", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("layer_decay", [1.0, 0.75])
 def test_every_parameter_is_in_one_group_at_its_rate(name: str, layer_decay: float) -> None:
     net = network(name)
@@ -93,10 +116,16 @@ def test_every_parameter_is_in_one_group_at_its_rate(name: str, layer_decay: flo
         if group["weight_decay"] > 0:
             assert all(p.ndim > 1 for p in group["params"])
     assert {rates[i] for i in rates if i not in encoder} == {1e-3}
-    # timm's own layer-wise decay on the same network
-    for theirs in param_groups_layer_decay(net.encoder.timm.model, layer_decay=layer_decay):
-        for parameter in theirs["params"]:
-            assert rates[id(parameter)] == pytest.approx(1e-4 * theirs["lr_scale"])
+    of_encoder = [rates[i] for i in rates if i in encoder]
+    assert max(of_encoder) == pytest.approx(1e-4), "the deepest layers have the encoder's rate"
+    # timm's own layer-wise decay on the same network, up to a layer that is not there any more
+    theirs = {
+        id(p): g["lr_scale"]
+        for g in param_groups_layer_decay(net.encoder.timm.model, layer_decay=layer_decay)
+        for p in g["params"]
+    }
+    ratios = [rates[i] / theirs[i] for i in rates if i in encoder]
+    assert ratios == pytest.approx([ratios[0]] * len(ratios))
 
 
 def test_layer_decay_slows_shallow_layers_down() -> None:
@@ -205,3 +234,35 @@ def test_frozen_statistics_stay_frozen_when_nnunet_switches_to_training(name: st
     net.train()
     net(torch.randn(2, 1, 64, 64))
     assert not any(torch.equal(v, before[k]) for k, v in statistics().items())
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "convnextv2_atto"])
+def test_parameters_are_left_out_when_no_gradient_reaches_them_and_only_then(name: str) -> None:
+    net = network(name)
+    net.decoder.deep_supervision = True
+    sum(o.float().pow(2).mean() for o in net(torch.randn(2, 1, 64, 64))).backward()
+    reached = {k for k, p in net.named_parameters() if p.grad is not None}
+    net.zero_grad()
+    groups = parameter_groups(net, Recipe())
+    learning = {id(p) for g in groups for p in g["params"]}
+    assert {k for k, p in net.named_parameters() if id(p) in learning} == reached
+    assert {k for k, p in net.named_parameters() if p.requires_grad} == reached
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "resnet50_padded_shortcut_droppath"])
+def test_frozen_encoder_computes_what_it_was_pretrained_to_compute(name: str) -> None:
+    net = network(name)
+    for module in net.encoder.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.ones_(module.weight)
+    images = torch.randn(4, 1, 64, 64)
+    with torch.no_grad():
+        net.encoder.eval()
+        expected = net.encoder(images)
+        net.encoder.frozen = True
+        net.train()
+        assert all(torch.equal(a, b) for a, b in zip(net.encoder(images), expected, strict=True))
+        assert net.stem.training
+        net.encoder.frozen = False
+        net.train()
+        assert not any(torch.equal(a, b) for a, b in zip(net.encoder(images), expected, strict=True))

@@ -24,6 +24,13 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as nnunet_trainer
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerDA5 import nnUNetTrainerDA5
+from nnunetv2.training.nnUNetTrainer.variants.loss.nnUNetTrainerDiceLoss import nnUNetTrainerDiceLoss
+from nnunetv2.training.nnUNetTrainer.variants.lr_schedule.nnUNetTrainerCosAnneal import nnUNetTrainerCosAnneal
+from nnunetv2.training.nnUNetTrainer.variants.network_architecture.nnUNetTrainerBN import nnUNetTrainerBN
+from nnunetv2.training.nnUNetTrainer.variants.optimizer.nnUNetTrainerAdam import nnUNetTrainerAdam
+from nnunetv2.training.nnUNetTrainer.variants.sampling.nnUNetTrainer_probabilisticOversampling import (
+    nnUNetTrainer_probabilisticOversampling,
+)
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from timm.layers.norm_act import BatchNormAct2d
@@ -425,14 +432,20 @@ def test_variants_combine_what_nnunets_own_do_with_ours(folders: Path) -> None:
         assert trainer.load_encoder
 
 
-def test_any_trainer_of_nnunet_composes(folders: Path) -> None:
-    class Mine(MTLTrainer, nnUNetTrainerDA5):
-        """Stronger augmentation from a pretrained encoder."""
-
-    trainer = make(Mine, folders)
+@pytest.mark.parametrize("stock", [nnUNetTrainerDA5, nnUNetTrainerDiceLoss, nnUNetTrainer_probabilisticOversampling])
+def test_trainers_of_augmentation_loss_and_sampling_compose(stock: type[Any], folders: Path) -> None:
+    mine = type("Mine", (MTLTrainer, stock), {})
+    trainer = make(mine, folders)
     trainer.initialize()
-    assert trainer.get_training_transforms.__qualname__.startswith("nnUNetTrainerDA5")
+    for method in ("get_training_transforms", "_build_loss", "get_dataloaders"):
+        assert getattr(mine, method) is getattr(stock, method)
     assert trainer.plans_manager.plans["mtl_nnunet"]["trainer"] == "Mine"
+
+
+@pytest.mark.parametrize("stock", [nnUNetTrainerAdam, nnUNetTrainerCosAnneal, nnUNetTrainerBN])
+def test_trainers_whose_optimiser_or_network_would_be_ignored_are_refused(stock: type[Any], folders: Path) -> None:
+    with pytest.raises(UserError, match=f"combines MTLTrainer with {stock.__name__}"):
+        make(type("Mine", (MTLTrainer, stock), {}), folders)
 
 
 def test_frozen_encoder_keeps_weights_and_statistics_through_nnunets_epoch(folders: Path) -> None:
@@ -494,6 +507,40 @@ def test_recipe_is_logged_stored_and_kept_when_the_run_goes_on(folders: Path, mo
     assert "begun with another recipe (optimizer=sgd, lr=0.002)" in Path(other.log_file).read_text()
 
 
+def test_fold_begun_before_recipes_were_recorded_goes_on_as_its_variant(
+    folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = started(make(VARIANTS["MTLTrainerScratch"], folders))
+    latest = Path(first.output_folder, "checkpoint_latest.pth")
+    first.save_checkpoint(str(latest))
+    content = torch.load(latest, weights_only=True)
+    del content["init_args"]["plans"]["mtl_nnunet"]["recipe"]
+    torch.save(content, latest)
+    monkeypatch.setenv("MTL_RECIPE", "gone.json")
+    again = make(VARIANTS["MTLTrainerScratch"], folders, resume=True)
+    again.load_checkpoint(str(latest))
+    assert again.recipe.encoder_lr_factor == 1
+    content["optimizer_state"]["param_groups"].pop()
+    torch.save(content, latest)
+    with pytest.raises(UserError, match="begun by another version of mtl-nnunet"):
+        make(VARIANTS["MTLTrainerScratch"], folders, resume=True).load_checkpoint(str(latest))
+    with pytest.raises(UserError, match=r"MTL_RECIPE=gone\.json cannot be read"):
+        make(VARIANTS["MTLTrainerScratch"], folders, fold=1, resume=True)
+
+
+@pytest.mark.parametrize("damaged", [None, ["lr"], {"lr": "fast"}])
+def test_damaged_recipe_in_plans_is_named(damaged: Any, folders: Path) -> None:
+    from mtl_nnunet.cli.main import main
+
+    assert main(["plans", "-d", "7", "-o", "Slow", "-recipe", "lr=1e-4"]) == 0
+    file = folders / "preprocessed" / NAME / "Slow.json"
+    plans = json.loads(file.read_text())
+    plans["mtl_nnunet"]["recipe"] = damaged
+    file.write_text(json.dumps(plans))
+    with pytest.raises(UserError, match="the recipe in the plans 'Slow'"):
+        make(MTLTrainer, folders, plans_name="Slow")
+
+
 def test_plans_set_a_recipe_and_the_environment_goes_before_them(
     folders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -505,6 +552,11 @@ def test_plans_set_a_recipe_and_the_environment_goes_before_them(
     monkeypatch.setenv("MTL_RECIPE", "lr=5e-4")
     trainer = make(MTLTrainer, folders, plans_name="Slow")
     assert (trainer.recipe.lr, trainer.recipe.layer_decay) == (5e-4, 0.8)
+    assert main(["plans", "-d", "7", "-p", "Slow", "-o", "Slower", "-recipe", "lr=1e-5"]) == 0
+    monkeypatch.delenv("MTL_RECIPE")
+    slower = make(MTLTrainer, folders, plans_name="Slower").recipe
+    assert (slower.lr, slower.layer_decay) == (1e-5, 0.8)
+    monkeypatch.setenv("MTL_RECIPE", "lr=5e-4")
     scratch = make(VARIANTS["MTLTrainerScratch"], folders, plans_name="Slow")
     assert (scratch.recipe.lr, scratch.recipe.layer_decay, scratch.recipe.encoder_lr_factor) == (5e-4, 1.0, 1.0)
 
@@ -584,8 +636,11 @@ def test_conversion_for_several_gpus_leaves_the_output_as_it_is(name: str, volum
 @pytest.mark.parametrize("name", ["test_convnext", "test_resnet"])
 def test_no_parameter_is_waited_for_by_other_processes(name: str, join_process_group: Callable[[], None]) -> None:
     join_process_group()
-    network = DistributedDataParallel(network_of(name, 1, False))
-    network.module.decoder.deep_supervision = True
+    bare = network_of(name, 1, False)
+    bare.decoder.deep_supervision = True
+    # nnU-Net makes the optimiser before it wraps the network
+    parameter_groups(bare, recipe())
+    network = DistributedDataParallel(bare)
     for _ in range(2):
         sum(o.mean() for o in network(torch.randn(2, 1, 64, 64))).backward()
 
