@@ -356,5 +356,5 @@ def _pair(value: Any) -> tuple[int, int]:
 def _no_counterpart(name: str, module: nn.Module) -> UserError:
     return UserError(
         f"timm encoder '{name}' cannot be made three-dimensional: it holds a {type(module).__name__}, which is not known to "
-        f"work on volumes. Use a {SUPPORTED_IN_3D} for 3D configurations, or train -c 2d."
+        f"work on volumes. Use a {SUPPORTED_IN_3D} of the plain kind for 3D configurations, or train -c 2d."
     )
