@@ -194,8 +194,8 @@ class MTLTrainer(nnUNetTrainer):
         begun_with = recipe(begun.get(RECIPE_KEY, {}), self.fixed, where=filename_or_checkpoint)
         if begun_with != replace(self.recipe, lr=self.initial_lr, weight_decay=self.weight_decay):
             self.print_to_log_file(
-                f"This fold goes on with the recipe it was begun with; what {RECIPE_VARIABLE} or the plans say now is left aside: "
-                f"{self.recipe.summary}."
+                f"This fold goes on with the recipe it was begun with, not with the one that the plans or {RECIPE_VARIABLE} would "
+                f"give now ({self.recipe.summary})."
             )
             self._adopt(begun_with)
         self.resuming = True
