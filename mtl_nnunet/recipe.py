@@ -41,8 +41,8 @@ class Recipe:
 
     optimizer: str = "adamw"
     lr: float = 1e-3
-    encoder_lr_factor: float = 0.1
-    layer_decay: float = 1.0
+    encoder_lr_factor: float = 1.0
+    layer_decay: float = 0.75
     weight_decay: float = 1e-2
     momentum: float = 0.99
     warmup_epochs: int = 10

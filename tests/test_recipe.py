@@ -130,7 +130,11 @@ def test_every_parameter_is_in_one_group_at_its_rate(name: str, layer_decay: flo
 
 def test_layer_decay_slows_shallow_layers_down() -> None:
     net = network()
-    rates = {id(p): g["lr"] for g in parameter_groups(net, Recipe(layer_decay=0.5)) for p in g["params"]}
+    rates = {
+        id(p): g["lr"]
+        for g in parameter_groups(net, Recipe(encoder_lr_factor=0.1, layer_decay=0.5))
+        for p in g["params"]
+    }
     model = net.encoder.timm.model
     first, last = next(model.conv1.parameters()), list(model.layer4.parameters())[-1]
     assert rates[id(last)] == pytest.approx(1e-4)
