@@ -26,7 +26,8 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from mtl_nnunet.variants import VARIANTS
 
-FLAT = "layer_decay=1"
+FLAT = "batch_norm=live,layer_decay=1"
+DECAY = "encoder_lr_factor=1,layer_decay=0.75"
 SGD = f"{FLAT},optimizer=sgd,weight_decay=3e-5"
 RECIPES = {
     "SGD 1e-2 everywhere, no warm-up (stock)": f"{SGD},lr=1e-2,encoder_lr_factor=1,warmup_epochs=0",
@@ -34,7 +35,8 @@ RECIPES = {
     "SGD 1e-2, encoder a tenth": f"{SGD},lr=1e-2,encoder_lr_factor=0.1",
     "AdamW 1e-3 everywhere": f"{FLAT},encoder_lr_factor=1",
     "AdamW 1e-3, encoder a tenth": f"{FLAT},encoder_lr_factor=0.1",
-    "AdamW 1e-3, encoder layer decay 0.75": "encoder_lr_factor=1,layer_decay=0.75",
+    "AdamW 1e-3, encoder layer decay 0.75": f"{DECAY},batch_norm=live",
+    "AdamW 1e-3, encoder layer decay 0.75, BatchNorm frozen": f"{DECAY},batch_norm=frozen",
     "AdamW 1e-3, encoder a tenth, frozen for 3 of 10 epochs": f"{FLAT},encoder_lr_factor=0.1,frozen_epochs=3",
     "AdamW 1e-3, encoder frozen": "frozen_epochs=all",
     "AdamW 1e-3, encoder a tenth, clipped to 1": f"{FLAT},encoder_lr_factor=0.1,clip_norm=1",
@@ -43,7 +45,7 @@ RECIPES = {
 # statistics of small batches: to be run with plans of batch size 2
 BATCH_NORM = {
     "BatchNorm live": f"{FLAT},encoder_lr_factor=0.1",
-    "BatchNorm frozen": f"{FLAT},encoder_lr_factor=0.1,batch_norm=frozen",
+    "BatchNorm frozen": "batch_norm=frozen,layer_decay=1,encoder_lr_factor=0.1",
     "BatchNorm to InstanceNorm": f"INSTANCE,{FLAT},encoder_lr_factor=0.1",
 }
 INFLATION = {"centred": "INFLATION centred", "averaged": "INFLATION averaged"}
