@@ -18,7 +18,9 @@ from mtl_nnunet.errors import UserError, listed
 
 RECIPE_VARIABLE = "MTL_RECIPE"
 OPTIMIZERS = ("adamw", "sgd")
-BATCH_NORMS = ("live", "frozen")
+BATCH_NORMS = ("auto", "live", "frozen")
+# below it statistics of a batch cost more than they bring, by the comparison in the documentation
+SMALLEST_LIVE_BATCH = 4
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Recipe:
         warmup_epochs: Epochs of linear warm-up; a tenth of the training at most.
         frozen_epochs: For how many epochs the encoder stays as it is, or ``all``.
         batch_norm: ``live``: the encoder's BatchNorm uses and updates batch statistics; ``frozen``: it keeps the
-            pretraining's.
+            pretraining's; ``auto``: frozen in batches of fewer than 4.
         clip_norm: Largest norm of the gradient; at most 12, which is nnU-Net's.
     """
 
@@ -47,8 +49,12 @@ class Recipe:
     momentum: float = 0.99
     warmup_epochs: int = 10
     frozen_epochs: int | str = 0
-    batch_norm: str = "live"
+    batch_norm: str = "auto"
     clip_norm: float = 12.0
+
+    def freezes_statistics(self, batch_size: int) -> bool:
+        """Whether the encoder's BatchNorm keeps the statistics of the pretraining in batches of that size."""
+        return self.batch_norm == "frozen" or (self.batch_norm == "auto" and batch_size < SMALLEST_LIVE_BATCH)
 
     @property
     def summary(self) -> str:

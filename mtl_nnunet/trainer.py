@@ -108,7 +108,8 @@ class MTLTrainer(nnUNetTrainer):
         self.print_to_log_file(
             f"Recipe: {self.recipe.summary}; {self._warmup()} of {self.num_epochs} epochs of "
             f"{self.num_iterations_per_epoch} iterations are warm-up, then poly decay; patch size "
-            f"{list(self.configuration_manager.patch_size)}, batch size {self.batch_size}."
+            f"{list(self.configuration_manager.patch_size)}, batch size {self.batch_size}, BatchNorm statistics of the encoder "
+            f"{'frozen' if self.recipe.freezes_statistics(self.batch_size) else 'live'}."
         )
         if self.fixed:
             fixed = ", ".join(f"{k}={v}" for k, v in self.fixed.items())
@@ -123,7 +124,7 @@ class MTLTrainer(nnUNetTrainer):
         """Before nnU-Net switches to training mode, say what of the encoder stays as it is."""
         frozen = self.current_epoch < self._frozen_epochs()
         encoder = self._bare_network().encoder
-        encoder.frozen, encoder.frozen_statistics = frozen, self.recipe.batch_norm == "frozen"
+        encoder.frozen, encoder.frozen_statistics = frozen, self.recipe.freezes_statistics(self.batch_size)
         super().on_train_epoch_start()
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:

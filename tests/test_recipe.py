@@ -65,7 +65,7 @@ def test_later_changes_win_and_nothing_else_changes() -> None:
         ("frozen_epochs=some", "or all"),
         ("clip_norm=13", "at most 12"),
         ("optimizer=lion", "adamw or sgd"),
-        ("batch_norm=on", "live or frozen"),
+        ("batch_norm=on", "auto or live or frozen"),
         ("momentum=1", "below 1"),
         ("lr=1e-3,lr=1e-4", "stands there twice"),
         ("warmup_epochs=inf", "whole number"),
@@ -218,6 +218,12 @@ def test_gradient_is_clipped_to_the_recipes_norm_before_the_step() -> None:
     parameter.grad = gentle.clone()
     optimizer.step()
     assert parameter.tolist() == pytest.approx([-0.4, 0.0, -0.4, 0.0], abs=1e-5)
+
+
+def test_statistics_of_small_batches_are_frozen_unless_told_otherwise() -> None:
+    assert [Recipe().freezes_statistics(n) for n in (1, 2, 3, 4, 12)] == [True, True, True, False, False]
+    assert not Recipe(batch_norm="live").freezes_statistics(2)
+    assert Recipe(batch_norm="frozen").freezes_statistics(100)
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet"])

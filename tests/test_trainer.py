@@ -461,7 +461,7 @@ def test_frozen_encoder_keeps_weights_and_statistics_through_nnunets_epoch(folde
 
 
 def test_encoder_that_is_frozen_at_first_moves_afterwards(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MTL_RECIPE", "frozen_epochs=3")
+    monkeypatch.setenv("MTL_RECIPE", "frozen_epochs=3,batch_norm=live")
     trainer = make(VARIANTS["MTLTrainer_10epochs"], folders)
     trainer.initialize()
     moved = []
