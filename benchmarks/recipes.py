@@ -48,7 +48,12 @@ BATCH_NORM = {
     "BatchNorm frozen": "batch_norm=frozen,layer_decay=1,encoder_lr_factor=0.1",
     "BatchNorm to InstanceNorm": f"INSTANCE,{FLAT},encoder_lr_factor=0.1",
 }
-INFLATION = {"centred": "INFLATION centred", "averaged": "INFLATION averaged"}
+INFLATION = {
+    "centred": "INFLATION centred",
+    "averaged": "INFLATION averaged",
+    "centred, no layer decay": f"INFLATION centred,{FLAT.replace('live', 'frozen')}",
+    "averaged, no layer decay": f"INFLATION averaged,{FLAT.replace('live', 'frozen')}",
+}
 TRAINERS = {"MTLTrainer": "", "MTLTrainerScratch": "SCRATCH", "nnUNetTrainer": "STOCK"}
 SETS = {"recipes": RECIPES, "batch_norm": BATCH_NORM, "inflation": INFLATION, "trainers": TRAINERS}
 
@@ -108,8 +113,8 @@ def main() -> None:
 def train_and_validate(dataset: Path, changes: str, args: argparse.Namespace) -> float:
     plans = json.loads((dataset / f"{args.p}.json").read_text())
     if changes.startswith("INFLATION"):
-        plans = with_inflation(plans, args.c, changes.split()[1], dataset)
-        changes = ""
+        inflation, _, changes = changes.partition(",")
+        plans = with_inflation(plans, args.c, inflation.split()[1])
     tokens = [t for t in changes.split(",") if t and "=" not in t]
     os.environ["MTL_RECIPE"] = ",".join(t for t in changes.split(",") if "=" in t)
     plans["continue_training"] = False
@@ -151,7 +156,7 @@ def with_instance_norm(trainer) -> None:
     trainer.initialize = initialize_and_convert
 
 
-def with_inflation(plans: dict, configuration: str, inflation: str, dataset: Path) -> dict:
+def with_inflation(plans: dict, configuration: str, inflation: str) -> dict:
     from mtl_nnunet.plans import selection_of, with_timm_unet
 
     record = selection_of(plans).record()
