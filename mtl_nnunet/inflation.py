@@ -63,13 +63,14 @@ class Depth:
         reductions: In-plane reduction of each level, 1 first.
         depth_reductions: How many times fewer slices each level has.
         kernel_sizes: Slices that a kernel sees at each level; odd.
-        weights: How a 2D kernel fills the slices: ``centred`` (in the middle one, the others zero) or ``averaged``.
+        weights: How a 2D kernel fills the slices: ``averaged`` (repeated, divided by their number) or ``centred`` (in the
+            middle one, the others zero).
     """
 
     reductions: tuple[int, ...]
     depth_reductions: tuple[int, ...]
     kernel_sizes: tuple[int, ...]
-    weights: str = "centred"
+    weights: str = "averaged"
 
     def reduction_at(self, in_plane: int) -> int:
         """Depth reduction where the in-plane reduction is ``in_plane``; between levels as early as possible.

@@ -44,7 +44,7 @@ class TimmUNet(nn.Module):
         kernel_sizes: Kernel of each level, per axis; None for 3 everywhere. Its depth is what 2D kernels are inflated to.
         n_conv_per_stage_decoder: Convolutions in each decoder stage.
         stem_channels: Channels of the full-resolution skip.
-        inflation: How 2D kernels fill the new axis, ``centred`` or ``averaged``; 3D only.
+        inflation: How 2D kernels fill the new axis, ``averaged`` or ``centred``; 3D only.
         image_channels: How many of the channels, the first ones, are images; the others are a cascade's one-hot
             segmentation. None for all of them.
         deep_supervision: Return a prediction at every scale, finest first, instead of the finest alone.
@@ -68,7 +68,7 @@ class TimmUNet(nn.Module):
         kernel_sizes: Sequence[Sequence[int]] | None = None,
         n_conv_per_stage_decoder: int = 2,
         stem_channels: int = STEM_CHANNELS,
-        inflation: str = "centred",
+        inflation: str = "averaged",
         image_channels: int | None = None,
         deep_supervision: bool = False,
     ):

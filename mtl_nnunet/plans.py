@@ -15,7 +15,7 @@ from mtl_nnunet.selection import DEFAULT_FOLDER, Selection, read_selection
 
 RECORD_KEY = "mtl_nnunet"
 RECIPE_KEY = "recipe"
-DEFAULT_INFLATION = "centred"
+DEFAULT_INFLATION = "averaged"
 # of TimmUNet, that plans may set and a selection does not decide
 OWN_ARGUMENTS = ("n_conv_per_stage_decoder", "stem_channels", "inflation")
 NETWORK = "mtl_nnunet.network.TimmUNet"

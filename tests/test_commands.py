@@ -105,7 +105,8 @@ def test_plans_in_any_order_give_the_same(tmp_path: Path) -> None:
 def test_inflation_that_plans_name_is_kept(tmp_path: Path) -> None:
     changed = with_timm_unet(stock_plans(tmp_path), "3d_fullres", RECORD)
     kwargs = changed["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
-    kwargs["inflation"] = "averaged"
+    assert kwargs["inflation"] == "averaged"
+    kwargs["inflation"] = "centred"
     assert with_timm_unet(changed, "3d_fullres", RECORD) == changed
 
 

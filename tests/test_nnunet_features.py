@@ -281,7 +281,7 @@ def test_volumes_start_from_the_inflated_selection_and_nothing_for_labels(
     assert not own[FIRST_KERNEL][:, 1:].any()
     own[FIRST_KERNEL] = own[FIRST_KERNEL][:, :1]
     for key, tensor in own.items():
-        expected = inflated_kernel(flat[key], tensor.shape[2], "centred") if tensor.ndim == 5 else flat[key]
+        expected = inflated_kernel(flat[key], tensor.shape[2], "averaged") if tensor.ndim == 5 else flat[key]
         assert torch.equal(tensor, expected), key
 
 
