@@ -16,6 +16,15 @@ import SimpleITK as sitk
 
 import mtl_nnunet
 
+# one small encoder of each family that is supported
+FAMILIES = (
+    "test_resnet",
+    "test_convnext",
+    "test_efficientnet",
+    "regnety_002",
+    "mobilenetv3_small_050",
+    "swin_tiny_patch4_window7_224",
+)
 DEMO_RUN = Path(mtl_nnunet.__file__).parent / "demo_data" / "pretraining"
 REAL_DATA = Path(os.environ.get("MTL_TEST_DATA", "no such folder"))
 needs_real_data = pytest.mark.skipif(

@@ -19,7 +19,7 @@ import pytest
 import timm.layers
 import torch
 import torch.distributed as dist
-from conftest import DEMO_RUN, write_phantoms
+from conftest import DEMO_RUN, FAMILIES, write_phantoms
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as nnunet_trainer
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -51,14 +51,6 @@ from mtl_nnunet.variants import VARIANTS
 
 CPU = torch.device("cpu")
 NAME = "Dataset007_Phantom"
-FAMILIES = (
-    "test_resnet",
-    "test_convnext",
-    "test_efficientnet",
-    "regnety_002",
-    "mobilenetv3_small_050",
-    "swin_tiny_patch4_window7_224",
-)
 
 
 @pytest.fixture(scope="session")
