@@ -400,13 +400,19 @@ def test_draws_without_a_score_put_nobody_out() -> None:
 
 
 def test_ray_finds_what_one_process_finds(make_dataset: Callable[..., Path]) -> None:
-    pytest.importorskip("ray", reason="Ray is an optional dependency")
+    ray = pytest.importorskip("ray", reason="Ray is an optional dependency")
     make_dataset(1, num_cases=6)
     slices = gather_slices(find_nnunet_dataset(1), 24)
     checkpoints = find_checkpoints(DEMO_RUN)[:3]
     (alone,) = rank_checkpoints(checkpoints, "test_resnet", slices, "contrastive")
-    with workers(2, "ray"):
-        (together,) = rank_checkpoints(checkpoints, "test_resnet", slices, "contrastive")
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with workers(2, "ray"):
+            (together,) = rank_checkpoints(checkpoints, "test_resnet", slices, "contrastive")
+    finally:
+        ray.shutdown()
+        # Ray's own would keep the workers that later tests fork from being terminated
+        signal.signal(signal.SIGTERM, before)
     assert [c.value for c in together.checkpoints] == pytest.approx([c.value for c in alone.checkpoints], rel=1e-5)
 
 
