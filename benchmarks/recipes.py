@@ -50,6 +50,7 @@ BATCH_NORM = {
 }
 INFLATION = {
     "centred": "INFLATION centred",
+    "centred, BatchNorm live": "INFLATION centred,batch_norm=live",
     "averaged": "INFLATION averaged",
     "centred, no layer decay": f"INFLATION centred,{FLAT.replace('live', 'frozen')}",
     "averaged, no layer decay": f"INFLATION averaged,{FLAT.replace('live', 'frozen')}",

@@ -20,7 +20,8 @@ from mtl_nnunet.errors import UserError
 from mtl_nnunet.paper_resnet import PaddedBottleneck, PaddedShortcut, UnscaledDropPath
 
 SUPPORTED_IN_3D = "ResNet, ConvNeXt, EfficientNet, RegNet or MobileNetV3"
-WEIGHTS = ("centred", "averaged")
+WEIGHTS = ("averaged", "centred")
+DEFAULT_WEIGHTS = "averaged"
 
 # their forward passes name no axis, so that replacing what they hold is enough
 CONTAINERS: tuple[type[nn.Module], ...] = (
@@ -70,7 +71,7 @@ class Depth:
     reductions: tuple[int, ...]
     depth_reductions: tuple[int, ...]
     kernel_sizes: tuple[int, ...]
-    weights: str = "averaged"
+    weights: str = DEFAULT_WEIGHTS
 
     def reduction_at(self, in_plane: int) -> int:
         """Depth reduction where the in-plane reduction is ``in_plane``; between levels as early as possible.

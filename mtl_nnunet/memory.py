@@ -196,7 +196,8 @@ def nnunet_loss(label_manager: Any, batch_dice: bool) -> Callable[[Any, list[Ten
         if not isinstance(outputs, (list, tuple)):
             outputs = [outputs]
         scored = list(outputs)[:-1] or list(outputs)
-        losses = [one(o, t) / 2**i for i, (o, t) in enumerate(zip(scored, targets, strict=False))]
+        pairs = zip(scored, targets[: len(scored)], strict=True)
+        losses = [one(output, target) / 2**i for i, (output, target) in enumerate(pairs)]
         total: Tensor = sum(losses[1:], losses[0])
         return total
 
@@ -297,7 +298,8 @@ def memory_counter(
     def counted(batch_size: int) -> TrainingMemory:
         try:
             return memory(batch_size)
-        except (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError) as error:
+        except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+            # a network that cannot take this patch, or an operator that cannot run without values
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(
                 f"the memory of {network_of(plans, configuration)} in configuration '{configuration}' cannot be counted at "
@@ -360,10 +362,9 @@ def five_percent_batch(plans: dict[str, Any], configuration: str, dataset_json: 
     Raises:
         UserError: The plans or ``dataset.json`` lack what nnU-Net's planner writes there.
     """
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+    from mtl_nnunet.plans import resolved_configuration
 
-    manager = PlansManager(deepcopy(plans))
-    resolved = manager.get_configuration(configuration)
+    resolved = resolved_configuration(plans, configuration)
     try:
         shape = [float(s) for s in resolved.median_image_size_in_voxels]
         if len(shape) == 2:
@@ -399,9 +400,9 @@ def size_batch(
     Raises:
         UserError: The network's memory or the dataset's voxels cannot be counted.
     """
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+    from mtl_nnunet.plans import resolved_configuration
 
-    resolved = PlansManager(deepcopy(plans)).get_configuration(configuration)
+    resolved = resolved_configuration(plans, configuration)
     covers = five_percent_batch(plans, configuration, dataset_json)
     memory = memory_counter(plans, configuration, dataset_json, moments)
     fits = largest_batch(memory, target)
@@ -497,9 +498,9 @@ def network_of(plans: dict[str, Any], configuration: str) -> str:
         >>> network_of({"configurations": {"2d": {"architecture": architecture}}}, "2d")
         'TimmUNet (resnet18)'
     """
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+    from mtl_nnunet.plans import resolved_configuration
 
-    resolved = PlansManager(deepcopy(plans)).get_configuration(configuration)
+    resolved = resolved_configuration(plans, configuration)
     name = str(resolved.network_arch_class_name).rpartition(".")[2]
     encoder = resolved.network_arch_init_kwargs.get("encoder")
     return f"{name} ({encoder})" if encoder else name

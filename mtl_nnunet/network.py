@@ -14,7 +14,7 @@ from dynamic_network_architectures.initialization.weight_init import InitWeights
 from torch import Tensor, nn
 
 from mtl_nnunet.encoder import TimmEncoder
-from mtl_nnunet.inflation import Depth
+from mtl_nnunet.inflation import DEFAULT_WEIGHTS, Depth
 
 # what nnU-Net plans for its own decoder
 CONV_BLOCK: dict[str, Any] = {
@@ -68,7 +68,7 @@ class TimmUNet(nn.Module):
         kernel_sizes: Sequence[Sequence[int]] | None = None,
         n_conv_per_stage_decoder: int = 2,
         stem_channels: int = STEM_CHANNELS,
-        inflation: str = "averaged",
+        inflation: str = DEFAULT_WEIGHTS,
         image_channels: int | None = None,
         deep_supervision: bool = False,
     ):

@@ -15,7 +15,6 @@ from mtl_nnunet.selection import DEFAULT_FOLDER, Selection, read_selection
 
 RECORD_KEY = "mtl_nnunet"
 RECIPE_KEY = "recipe"
-DEFAULT_INFLATION = "averaged"
 # of TimmUNet, that plans may set and a selection does not decide
 OWN_ARGUMENTS = ("n_conv_per_stage_decoder", "stem_channels", "inflation")
 NETWORK = "mtl_nnunet.network.TimmUNet"
@@ -40,15 +39,13 @@ def with_timm_unet(plans: dict[str, Any], configuration: str, record: dict[str, 
         UserError: No such configuration, plans of another version of nnU-Net, or an encoder that cannot be made
             three-dimensional.
     """
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
     if configuration not in plans["configurations"]:
         raise UserError(
             f"the plans '{plans.get('plans_name')}' have no configuration '{configuration}', only "
             f"{listed(sorted(plans['configurations']))}."
         )
     try:
-        resolved = PlansManager(deepcopy(plans)).get_configuration(configuration)
+        resolved = resolved_configuration(plans, configuration)
         patch_size = [int(s) for s in resolved.patch_size]
         planned = dict(resolved.network_arch_init_kwargs)
         by_us = resolved.network_arch_class_name == NETWORK
@@ -62,11 +59,8 @@ def with_timm_unet(plans: dict[str, Any], configuration: str, record: dict[str, 
         ) from error
     changed = deepcopy(plans)
     # plans that somebody wrote for TimmUNet may widen its stem, deepen its decoder or inflate in another way
-    kept = {
-        k: v for k, v in planned.items() if by_us and k in ("n_conv_per_stage_decoder", "stem_channels", "inflation")
-    }
-    inflation = kept.get("inflation", DEFAULT_INFLATION)
-    shape, multiples = _encoder_shape(record["encoder"], strides, kernel_sizes, inflation)
+    kept = {k: v for k, v in planned.items() if by_us and k in OWN_ARGUMENTS}
+    shape, multiples = _encoder_shape(record["encoder"], strides, kernel_sizes, kept.get("inflation"))
     arch_kwargs = {"encoder": record["encoder"], **shape, "n_conv_per_stage_decoder": 2, **kept}
     if is_cascade:
         # the rest is the first stage's segmentation, which no ImageNet kernel fits
@@ -77,6 +71,13 @@ def with_timm_unet(plans: dict[str, Any], configuration: str, record: dict[str, 
     )
     changed[RECORD_KEY] = record
     return changed
+
+
+def resolved_configuration(plans: dict[str, Any], configuration: str) -> Any:
+    """nnU-Net's ``ConfigurationManager`` of a configuration, with what it inherits; the plans are not changed."""
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    return PlansManager(deepcopy(plans)).get_configuration(configuration)
 
 
 def preprocessed_folder(dataset_name: str) -> Path:
@@ -183,33 +184,34 @@ def write_plans(
 
 def _keep_own(configuration: dict[str, Any], source: dict[str, Any], name: str) -> None:
     """What a configuration inherited from one that was changed stays what it was."""
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
     if "inherits_from" in configuration:
-        was = PlansManager(deepcopy(source)).get_configuration(name).configuration
+        was = resolved_configuration(source, name).configuration
         configuration.update({k: deepcopy(was[k]) for k in ("architecture", "patch_size", "batch_size") if k in was})
 
 
 def _encoder_shape(
-    name: str, strides: Sequence[Sequence[int]] | None, kernel_sizes: Sequence[Sequence[int]] | None, inflation: str
+    name: str,
+    strides: Sequence[Sequence[int]] | None,
+    kernel_sizes: Sequence[Sequence[int]] | None,
+    inflation: str | None,
 ) -> tuple[dict[str, Any], tuple[int, ...]]:
     """Architecture arguments that follow from the encoder, and what each side of the patch must be a multiple of.
 
     Strides and kernels are nnU-Net's own of a 3D configuration, None for 2D.
     """
     from mtl_nnunet.encoder import TimmEncoder
-    from mtl_nnunet.inflation import depth_of_plans
+    from mtl_nnunet.inflation import DEFAULT_WEIGHTS, depth_of_plans
     from mtl_nnunet.network import strides_of
 
     flat = TimmEncoder(name)
     deepest = flat.reductions[-1]
     if strides is None or kernel_sizes is None:
         return {"strides": strides_of(flat)}, (deepest, deepest)
-    depth = depth_of_plans(strides, kernel_sizes, flat.reductions, inflation)
+    depth = depth_of_plans(strides, kernel_sizes, flat.reductions, inflation or DEFAULT_WEIGHTS)
     return {
         "strides": strides_of(TimmEncoder(name, depth=depth)),
         "kernel_sizes": [[k, 3, 3] for k in depth.kernel_sizes],
-        "inflation": inflation,
+        "inflation": depth.weights,
     }, (depth.depth_reductions[-1], deepest, deepest)
 
 

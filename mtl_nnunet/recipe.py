@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,17 @@ OPTIMIZERS = ("adamw", "sgd")
 BATCH_NORMS = ("auto", "live", "frozen")
 # below it statistics of a batch cost more than they bring, by the comparison in the documentation
 SMALLEST_LIVE_BATCH = 4
+# what is expected of a number, in words and as a check
+NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "lr": ("a number above 0", lambda n: 0 < n <= 100),
+    "encoder_lr_factor": ("a number from 0 to 10", lambda n: 0 <= n <= 10),
+    "layer_decay": ("a number above 0, at most 1", lambda n: 0 < n <= 1),
+    "weight_decay": ("a number from 0", lambda n: 0 <= n <= 100),
+    "momentum": ("a number from 0 to below 1", lambda n: 0 <= n < 1),
+    "warmup_epochs": ("a whole number from 0", lambda n: 0 <= n <= 1e6),
+    "frozen_epochs": ("a whole number from 0, or all", lambda n: 0 <= n <= 1e6),
+    "clip_norm": ("a number above 0, at most 12", lambda n: 0 < n <= 12),
+}
 
 
 @dataclass(frozen=True)
@@ -152,9 +163,10 @@ def parameter_groups(network: Any, how: Recipe) -> list[dict[str, Any]]:
     model = network.encoder.timm.model
     if how.frozen_epochs == "all":
         network.encoder.requires_grad_(False)
-    for parameter in network.encoder.unused_parameters():
-        # several processes would wait for its gradient for ever
-        parameter.requires_grad_(False)
+    else:
+        for parameter in network.encoder.unused_parameters():
+            # several processes would wait for its gradient for ever
+            parameter.requires_grad_(False)
     others = nn.ModuleDict({name: child for name, child in network.named_children() if name != "encoder"})
     groups = [
         {**g, "lr": how.lr, "part": "decoder"} for g in param_groups_weight_decay(others, weight_decay=how.weight_decay)
@@ -241,22 +253,13 @@ def _checked(name: str, value: Any, default: Any, where: str) -> Any:
         return value
     if name == "frozen_epochs" and value == "all":
         return value
-    expected, low, high = {
-        "lr": ("a number above 0", 0.0, 100.0),
-        "encoder_lr_factor": ("a number from 0 to 10", -1.0, 10.0),
-        "layer_decay": ("a number above 0, at most 1", 0.0, 1.0),
-        "weight_decay": ("a number from 0", -1.0, 100.0),
-        "momentum": ("a number from 0 to below 1", -1.0, 1.0),
-        "warmup_epochs": ("a whole number from 0", -1.0, 1e6),
-        "frozen_epochs": ("a whole number from 0, or all", -1.0, 1e6),
-        "clip_norm": ("a number above 0, at most 12", 0.0, 12.0),
-    }[name]
+    expected, sensible = NUMBERS[name]
     try:
         number = int(float(value)) if isinstance(default, int) else float(value)
         exact = not isinstance(value, bool) and float(value) == number
     except (TypeError, ValueError, OverflowError):
         exact = False
-    if not exact or not low < number <= high or (low == -1.0 and number < 0) or (name == "momentum" and number == 1):
+    if not exact or not sensible(number):
         raise UserError(f"{where}: {name}={value} makes no sense. Expected {expected}.")
     return number
 

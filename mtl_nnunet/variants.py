@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerNoMirroring import nnUNetTrainerNoMirroring
 from nnunetv2.training.nnUNetTrainer.variants.network_architecture.nnUNetTrainerNoDeepSupervision import (
@@ -21,13 +23,18 @@ class MTLTrainerScratch(MTLTrainer):
     """
 
     load_encoder = False
-    fixed = {"encoder_lr_factor": 1.0, "layer_decay": 1.0, "frozen_epochs": 0, "batch_norm": "live"}  # noqa: RUF012
+    fixed: ClassVar[dict[str, Any]] = {
+        "encoder_lr_factor": 1.0,
+        "layer_decay": 1.0,
+        "frozen_epochs": 0,
+        "batch_norm": "live",
+    }
 
 
 class MTLTrainerFrozenEncoder(MTLTrainer):
     """The encoder stays as it was pretrained, statistics included; stem and decoder learn."""
 
-    fixed = {"frozen_epochs": "all"}  # noqa: RUF012
+    fixed: ClassVar[dict[str, Any]] = {"frozen_epochs": "all"}
 
 
 class MTLTrainerNoMirroring(MTLTrainer, nnUNetTrainerNoMirroring):

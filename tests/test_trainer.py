@@ -15,6 +15,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm.layers
 import torch
@@ -218,8 +219,10 @@ def test_checkpoint_has_the_keys_of_nnunets_own_and_loads_without_pickled_object
     ours = started(make(VARIANTS["MTLTrainer_5epochs"], folders))
     ours.save_checkpoint(str(tmp_path / "ours.pth"))
     loaded = torch.load(tmp_path / "ours.pth", weights_only=True)
-    # written by nnU-Net two lines above; its NumPy scalars are what ours leave out
-    theirs = torch.load(tmp_path / "stock.pth", weights_only=False)
+    # what nnU-Net writes of NumPy, and ours leave out
+    scalar = np.float64(0)
+    with torch.serialization.safe_globals([scalar.__reduce__()[0], np.dtype, type(scalar.dtype)]):
+        theirs = torch.load(tmp_path / "stock.pth", weights_only=True)
     assert set(loaded) == set(theirs)
     assert isinstance(loaded["_best_ema"], float)
     assert loaded["trainer_name"] == "nnUNetTrainer"
