@@ -1,0 +1,247 @@
+"""Downstream Dice of every kept checkpoint: short trainings of TimmUNet on small training sets, whole test images.
+
+Every seed draws its own training cases, decoder weights and order of patches, the same for all checkpoints, so that
+checkpoints are compared pair by pair. Rows that the table has already are not computed again.
+
+    python benchmarks/evidence/downstream.py -raw nnUNet_raw -runs runs/* -work work -o downstream.csv -num_proc 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import time
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from joblib import Parallel, delayed
+from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
+from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+from targets import TARGETS, Target, prepared, read, training_slices
+from torch import Tensor
+
+from mtl_nnunet.checkpoints import find_checkpoints, read_contents
+from mtl_nnunet.encoder import TimmEncoder
+from mtl_nnunet.network import TimmUNet, strides_of
+from mtl_nnunet.recipe import EpochwiseLR, Recipe, optimizer_of, parameter_groups, recipe
+
+STATES = ("free", "frozen")
+SCRATCH = "scratch"
+ITERATIONS = 100
+RATE = 3e-3
+WARMUP = 10
+BATCH_SIZE = 8
+PATCH = 64
+STEM_CHANNELS = 8
+COLUMNS = (
+    "dataset",
+    "encoder",
+    "scheme",
+    "run",
+    "state",
+    "epoch",
+    "seed",
+    "dice",
+    "accuracy",
+    "pooled_dice",
+    "seconds",
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training: what is known of it before it is run."""
+
+    dataset: str
+    encoder: str
+    scheme: str
+    run: str
+    state: str
+    epoch: str
+    seed: int
+    accuracy: str = ""
+    checkpoint: Path | None = None
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return tuple(str(getattr(self, c)) for c in COLUMNS[:7])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-raw", type=Path, required=True, help="nnU-Net's folder of raw datasets")
+    parser.add_argument("-runs", type=Path, nargs="+", required=True, help="folders of pretraining runs")
+    parser.add_argument("-work", type=Path, required=True, help="where prepared targets are kept")
+    parser.add_argument("-o", type=Path, required=True)
+    parser.add_argument("-d", nargs="+", choices=list(TARGETS), default=list(TARGETS))
+    parser.add_argument("-state", nargs="+", choices=STATES, default=list(STATES))
+    parser.add_argument("-seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("-epochs", nargs="+", help="of each run; default all")
+    parser.add_argument("-iterations", type=int, default=ITERATIONS)
+    parser.add_argument("-lr", type=float, default=RATE)
+    parser.add_argument("-num_proc", type=int, default=1)
+    parser.add_argument("-device", default="cpu")
+    args = parser.parse_args()
+    files = {name: prepared(name, args.raw, args.work) for name in args.d}
+    if not args.o.is_file():
+        args.o.write_text(",".join(COLUMNS) + "\n")
+    with args.o.open(newline="") as file:
+        done = {tuple(row[c] for c in COLUMNS[:7]) for row in csv.DictReader(file)}
+    jobs = [j for j in jobs_of(args) if j.key not in done]
+    print(f"{len(done)} trainings are in {args.o}, {len(jobs)} to go", flush=True)
+    started = time.monotonic()
+    results = Parallel(n_jobs=args.num_proc, batch_size=1, return_as="generator")(
+        delayed(train_and_test)(job, files[job.dataset], args.iterations, args.lr, args.device) for job in jobs
+    )
+    with args.o.open("a", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        for i, (job, (dice, pooled, seconds)) in enumerate(zip(jobs, results, strict=True), start=1):
+            writer.writerow([*job.key, f"{dice:.5f}", job.accuracy, f"{pooled:.5f}", f"{seconds:.2f}"])
+            file.flush()
+            if i % 100 == 0:
+                print(f"{i} of {len(jobs)}, {time.monotonic() - started:.0f} s", flush=True)
+
+
+def jobs_of(args: argparse.Namespace) -> list[Job]:
+    """All trainings, a whole grid of one seed before the next, so that what is there at any time is balanced."""
+    jobs = []
+    for seed in args.seeds:
+        for dataset in args.d:
+            for state in args.state:
+                encoders = set()
+                for folder in args.runs:
+                    found = find_checkpoints([folder])
+                    encoder = found[0].architecture
+                    assert encoder is not None
+                    if encoder not in encoders:
+                        jobs.append(Job(dataset, encoder, "", "", state, SCRATCH, seed))
+                        encoders.add(encoder)
+                    for checkpoint in found:
+                        if args.epochs and str(checkpoint.epoch) not in args.epochs:
+                            continue
+                        jobs.append(
+                            Job(
+                                dataset,
+                                encoder,
+                                scheme_of(folder),
+                                folder.name,
+                                state,
+                                str(checkpoint.epoch),
+                                seed,
+                                accuracies(folder).get(str(checkpoint.epoch), ""),
+                                checkpoint.path,
+                            )
+                        )
+    return jobs
+
+
+def scheme_of(folder: Path) -> str:
+    return "cooldown" if "-cooldown-" in folder.name else "cosine"
+
+
+@cache
+def accuracies(folder: Path) -> dict[str, str]:
+    with (folder / "summary.csv").open(newline="") as file:
+        return {row["epoch"]: row["eval_top1"] for row in csv.DictReader(file)}
+
+
+@cache
+def target_of(path: Path) -> Target:
+    return read(path)
+
+
+def train_and_test(job: Job, file: Path, iterations: int, lr: float, device: str) -> tuple[float, float, float]:
+    """Both kinds of Dice on the test patients of one training, and the seconds that it took."""
+    if device == "cpu":
+        torch.set_num_threads(1)
+    started = time.monotonic()
+    target = target_of(file)
+    torch.manual_seed(job.seed)
+    strides = strides_of(TimmEncoder(job.encoder))
+    network = TimmUNet(
+        target.images.shape[1],
+        target.num_classes,
+        job.encoder,
+        strides,
+        n_conv_per_stage_decoder=1,
+        stem_channels=STEM_CHANNELS,
+    )
+    if job.checkpoint is not None:
+        network.encoder.load_weights(read_contents(job.checkpoint).weights, str(job.checkpoint))
+    network = network.to(device, memory_format=torch.channels_last)
+    frozen = job.state == "frozen"
+    network.encoder.frozen = frozen
+    how = recipe({"lr": lr, **({"frozen_epochs": "all"} if frozen else {})})
+    train(network, target, training_slices(target, job.seed), how, iterations, job.seed, device)
+    return *test(network, target, device), time.monotonic() - started
+
+
+def train(
+    network: TimmUNet, target: Target, chosen: np.ndarray, how: Recipe, iterations: int, seed: int, device: str
+) -> None:
+    groups = [{**group, "fused": True} for group in parameter_groups(network, how)]
+    optimizer = optimizer_of(groups, how)
+    schedule = EpochwiseLR(optimizer, iterations, WARMUP)
+    loss = DC_and_CE_loss(
+        {"batch_dice": True, "do_bg": False, "smooth": 1e-5, "ddp": False},
+        {},
+        ignore_label=-1,
+        dice_class=MemoryEfficientSoftDiceLoss,
+    )
+    rng = np.random.default_rng([seed, 1])
+    images, labels = target.images[chosen], target.labels[chosen]
+    network.train()
+    for iteration in range(iterations):
+        schedule.step(iteration)
+        batch, truth = patches(images, labels, rng)
+        optimizer.zero_grad()
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            logits = network(batch.to(device, memory_format=torch.channels_last))
+        loss(logits.float(), truth.to(device)).backward()
+        optimizer.step()
+
+
+def patches(images: Tensor, labels: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """A batch of random patches, brighter or darker and of more or less contrast."""
+    rows = rng.integers(len(images), size=BATCH_SIZE)
+    corners = rng.integers([images.shape[2] - PATCH + 1, images.shape[3] - PATCH + 1], size=(BATCH_SIZE, 2))
+    pairs = [
+        (images[r, :, y : y + PATCH, x : x + PATCH], labels[r, None, y : y + PATCH, x : x + PATCH])
+        for r, (y, x) in zip(rows, corners, strict=True)
+    ]
+    contrast, brightness = torch.from_numpy(rng.normal([[1], [0]], 0.1, (2, BATCH_SIZE)).astype(np.float32))
+    batch = torch.stack([p[0] for p in pairs])
+    return batch * contrast[:, None, None, None] + brightness[:, None, None, None], torch.stack([p[1] for p in pairs])
+
+
+@torch.inference_mode()
+def test(network: TimmUNet, target: Target, device: str) -> tuple[float, float]:
+    """Dice on the test patients, averaged over classes: the mean over patients, and that of all their pixels together."""
+    network.eval()
+    images, labels = target.images[target.is_test], target.labels[target.is_test]
+    found = []
+    for batch in images.split(16):
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            found.append(network(batch.to(device, memory_format=torch.channels_last)).argmax(1).cpu())
+    predicted, patients = torch.cat(found), target.patients[target.is_test]
+    predicted[labels < 0] = -1
+    by_patient = [
+        class_dice(predicted[mine], labels[mine], target) for mine in map(patients.__eq__, np.unique(patients))
+    ]
+    return float(np.nanmean(by_patient)), float(np.nanmean(class_dice(predicted, labels, target)))
+
+
+def class_dice(predicted: Tensor, truth: Tensor, target: Target) -> list[float]:
+    """Dice of each class but the background; NaN where it is neither there nor predicted."""
+    found = []
+    for k in range(1, target.num_classes):
+        size = int((predicted == k).sum() + (truth == k).sum())
+        found.append(2 * int(((predicted == k) & (truth == k)).sum()) / size if size else float("nan"))
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""Every score, at every level and view strength, of every kept checkpoint on the pool patients of every target.
+
+The scorer sees what ``targets.py`` fixes: slices of the pool, with their labels for the scores that read them, and no test
+patient. Levels are counted from the deepest, so that encoders of four and five levels can be compared. Rows that the table
+has already are not computed again.
+
+    python benchmarks/evidence/score.py -raw nnUNet_raw -runs runs/* -work work -o scores.csv -num_proc 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import time
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from downstream import scheme_of, target_of
+from joblib import Parallel, delayed
+from targets import TARGETS, Target, prepared
+
+from mtl_nnunet.checkpoints import Checkpoint, find_checkpoints, read_contents
+from mtl_nnunet.embedding import Target as Seen
+from mtl_nnunet.embedding import embed, make_target
+from mtl_nnunet.encoder import random_encoder
+from mtl_nnunet.errors import NoScoreError
+from mtl_nnunet.scores import SCORES, Score, parse_score
+from mtl_nnunet.slices import Slices
+
+RANDOM = "random"
+COLUMNS = ("dataset", "encoder", "scheme", "run", "epoch", "score", "value", "higher_is_better", "num_cases", "draw")
+# which views and strengths the scores of views are tried with, beside their own
+STRENGTHS = (("scanner", 0.5), ("scanner", 2.0), ("paper", 1.0), ("paper", 2.0))
+VARIANTS = {
+    "robustness": [f"distance={d},margin={m}" for d in ("cosine", "l2", "pearson") for m in (0, 0.5, 1)],
+    "dse": ["part=separability", "part=rank"],
+    "dse_labels": ["part=separability"],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-raw", type=Path, required=True, help="nnU-Net's folder of raw datasets")
+    parser.add_argument("-runs", type=Path, nargs="+", required=True, help="folders of pretraining runs")
+    parser.add_argument("-work", type=Path, required=True, help="where prepared targets are kept")
+    parser.add_argument("-o", type=Path, required=True)
+    parser.add_argument("-d", nargs="+", choices=list(TARGETS), default=list(TARGETS))
+    parser.add_argument("-num_cases", type=int, help="of the pool; default all of it")
+    parser.add_argument("-draw", type=int, default=0, help="which random draw of that many cases")
+    parser.add_argument("-num_proc", type=int, default=1)
+    parser.add_argument("-device", default="cpu")
+    args = parser.parse_args()
+    files = {name: prepared(name, args.raw, args.work) for name in args.d}
+    if not args.o.is_file():
+        args.o.write_text(",".join(COLUMNS) + "\n")
+    cases = "all" if args.num_cases is None else str(args.num_cases)
+    with args.o.open(newline="") as file:
+        done = {(r["dataset"], r["run"], r["epoch"], r["num_cases"], r["draw"]) for r in csv.DictReader(file)}
+    jobs = [
+        (dataset, folder, checkpoint)
+        for folder in args.runs
+        for dataset in args.d
+        for checkpoint in (*find_checkpoints([folder]), None)
+        if (dataset, folder.name, RANDOM if checkpoint is None else str(checkpoint.epoch), cases, str(args.draw))
+        not in done
+    ]
+    print(f"{len(jobs)} checkpoints to go", flush=True)
+    started = time.monotonic()
+    results = Parallel(n_jobs=args.num_proc, batch_size=1, return_as="generator")(
+        delayed(values_of)(files[d], architecture_of(f), c, args.num_cases, args.draw, args.device) for d, f, c in jobs
+    )
+    with args.o.open("a", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        for i, ((dataset, folder, checkpoint), values) in enumerate(zip(jobs, results, strict=True), start=1):
+            epoch = RANDOM if checkpoint is None else checkpoint.epoch
+            known = (dataset, architecture_of(folder), scheme_of(folder), folder.name, epoch)
+            writer.writerows([*known, name, f"{v:.6g}", int(up), cases, args.draw] for name, v, up in values)
+            file.flush()
+            if i % 20 == 0:
+                print(f"{i} of {len(jobs)}, {time.monotonic() - started:.0f} s", flush=True)
+
+
+def architecture_of(folder: Path) -> str:
+    architecture = find_checkpoints([folder])[0].architecture
+    assert architecture is not None
+    return architecture
+
+
+def scores_to_try() -> list[tuple[str, Score]]:
+    """Names and scores; each is computed at all levels at once, which gives its value at every one of them."""
+    tried = []
+    for name, score in SCORES.items():
+        tried += [(f"{name}", parse_score(f"{name}:level=all"))]
+        tried += [(f"{name}:{v}", parse_score(f"{name}:level=all,{v}")) for v in VARIANTS.get(name, [])]
+        if score.views != "plain":
+            tried += [
+                (f"{name}:views={views},strength={strength:g}", parse_score(f"{name}:level=all", views, strength))
+                for views, strength in STRENGTHS
+            ]
+    return tried
+
+
+def values_of(
+    file: Path, encoder_name: str, checkpoint: Checkpoint | None, num_cases: int | None, draw: int, device: str
+) -> list[tuple[str, float, bool]]:
+    """Every score of one checkpoint, None for random weights, at every level and at all of them."""
+    if device == "cpu":
+        torch.set_num_threads(1)
+    seen = target_seen(file, num_cases, draw)
+    encoder = random_encoder(encoder_name, seen.input_channels, draw)
+    if checkpoint is not None:
+        encoder.load_weights(read_contents(checkpoint.path).weights, str(checkpoint.path))
+    features = embed(encoder, seen, [score for _, score in scores_to_try()], device)
+    everyone = np.ones((1, features.patients.max() + 1))
+    values = []
+    for name, score in scores_to_try():
+        try:
+            statistic, by_level = score.statistic(features)
+        except NoScoreError:
+            continue
+        start = f"{name}{',' if ':' in name else ':'}level="
+        values.append((f"{start}all", float(statistic(everyone)[0]), score.higher_is_better))
+        values += [
+            (f"{start}{level - max(by_level) - 1}", value, score.higher_is_better) for level, value in by_level.items()
+        ]
+    return values
+
+
+@cache
+def target_seen(file: Path, num_cases: int | None, draw: int) -> Seen:
+    """Views and pixels of the slices that the scorer sees, the same for all checkpoints."""
+    return make_target(pool_slices(target_of(file), num_cases, draw), [s for _, s in scores_to_try()], draw)
+
+
+def pool_slices(target: Target, num_cases: int | None, draw: int) -> Slices:
+    """The slices that the scorer sees: the pool's, or those of some of its cases drawn at random."""
+    chosen = ~target.is_test
+    if num_cases is not None:
+        cases = np.unique(target.cases[chosen])
+        drawn = np.random.default_rng([draw, num_cases]).choice(cases, min(num_cases, len(cases)), replace=False)
+        chosen &= np.isin(target.cases, drawn)
+    _, patients = np.unique(target.patients[chosen], return_inverse=True)
+    return Slices(
+        images=target.images[chosen],
+        patients=patients,
+        cases=tuple(target.cases[chosen]),
+        positions=(0,) * int(chosen.sum()),
+        axis=0,
+        spacing=(1.0, 1.0),
+        normalization=(),
+        use_mask_for_norm=False,
+        intensities={},
+        used=(),
+        labels=target.labels[chosen].to(torch.int16),
+    )
+
+
+if __name__ == "__main__":
+    main()
