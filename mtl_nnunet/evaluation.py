@@ -514,7 +514,7 @@ def _fixed_names(curves: Sequence[Curve]) -> dict[str, float]:
     common = set.intersection(*({int(e) for e in c.epochs[:-1]} for c in curves))
     lasts = {int(c.epochs[-1]) for c in curves}
     if len(lasts) == 1 and common:
-        return {f"{FIXED} epoch {epoch}": epoch / lasts.copy().pop() for epoch in sorted(common)}
+        return {f"{FIXED} epoch {epoch}": epoch / max(lasts) for epoch in sorted(common)}
     return {f"{FIXED} {fraction:.0%} of pretraining": fraction for fraction in (0.25, 0.5, 0.75)}
 
 
@@ -566,7 +566,7 @@ def _fixed_at_same_budget(chooser: Chooser, board: Sequence[Judged]) -> list[np.
     for state in STATES:
         where = [i for i, s in enumerate(chooser.shares) if s is not None and board[i].curve.state == state]
         if where:
-            spent = [chooser.shares[i] @ board[i].epochs / board[i].curve.epochs[-1] for i in where]  # type: ignore[operator]
+            spent = [chooser.shares[i] @ board[i].epochs / board[i].curve.epochs[-1] for i in where]
             fraction = same_budget([board[i].curve for i in where], float(np.mean(spent)))
             for i in where:
                 shares = fixed_shares(board[i].curve, fraction)
@@ -646,6 +646,8 @@ def _half_seeds(board: Sequence[Judged]) -> pd.DataFrame:
                 "best_dice": float(j.means[j.best]),
                 "regret": float(np.nanmean(np.nanmax(judging, axis=1) - taken)),
                 "split_regret": 0.0,
+                # what the pick gains on the seeds that judge
+                **{f"minus_{name}": split_regret(j, other) for name, other in _others(j, None).items()},
             }
         )
     return pd.DataFrame(rows)
@@ -694,20 +696,15 @@ def _summary(table: pd.DataFrame, group: str, draws: int, seed: int) -> pd.DataF
     summary.insert(0, "state", group)
     compared = [name.removeprefix("minus_") for name in table if name.startswith("minus_")]
     for column in ["regret", "split_regret", *(f"minus_{name}" for name in compared)]:
-        wide = table.pivot(index=CURVE, columns="rule", values=column).reindex(
-            index=list(curves.itertuples(index=False, name=None))
-        )
-        sample = resampled_means(wide.to_numpy(), weights)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)
-            low, high = np.nanpercentile(sample, (2.5, 97.5), axis=0)
-        if column.startswith("minus_"):
-            name = column.removeprefix("minus_")
+        wide = table.pivot(index=CURVE, columns="rule", values=column)
+        wide = wide.reindex(index=list(curves.itertuples(index=False, name=None)), columns=summary.index)
+        if (name := column.removeprefix("minus_")) != column:
             summary[column] = by_rule[column].mean()
             for word, value in (("wins", 1), ("ties", 0), ("losses", -1)):
                 summary[f"{word}_{name}"] = (table[f"versus_{name}"] == value).groupby(table["rule"]).sum()
-        for end, values in (("low", low), ("high", high)):
-            summary[f"{column}_{end}"] = dict(zip(wide.columns, values, strict=True)) and [
-                dict(zip(wide.columns, values, strict=True))[rule] for rule in summary.index
-            ]
+        with warnings.catch_warnings():
+            # a column without a value has no interval
+            warnings.simplefilter("ignore", RuntimeWarning)
+            ends = np.nanpercentile(resampled_means(wide.to_numpy(), weights), (2.5, 97.5), axis=0)
+        summary[f"{column}_low"], summary[f"{column}_high"] = ends
     return summary.reset_index()
