@@ -260,7 +260,7 @@ def agreement(order: np.ndarray, dice: np.ndarray) -> dict[str, float]:
 
     Example:
         >>> {k: round(v, 3) for k, v in agreement(np.array([1, 2, 4, 3]), np.array([0.1, 0.2, 0.3, 0.4])).items()}
-        {'weighted_tau': 0.4, 'kendall_tau': 0.667, 'spearman': 0.8}
+        {'weighted_tau': 0.52, 'kendall_tau': 0.667, 'spearman': 0.8}
     """
     both = ~(np.isnan(order) | np.isnan(dice))
     order, dice = order[both], dice[both]

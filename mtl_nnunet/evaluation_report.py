@@ -93,10 +93,10 @@ def write_figure(evaluation: Evaluation, curves: Sequence[Curve], path: Path, al
     panels = list(groups.values()) if len(groups) <= MOST_PANELS else []
     columns = min(6, len(panels))
     rows = -(-len(panels) // columns) if columns else 0
-    figure = Figure(figsize=(13, 5.2 + 1.8 * rows), layout="constrained")
+    figure = Figure(figsize=(13, 6.2 + 1.8 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     top, *below = figure.subfigures(
-        2 if rows else 1, 1, height_ratios=[5.2, 1.8 * rows] if rows else [1], squeeze=False
+        2 if rows else 1, 1, height_ratios=[6.2, 1.8 * rows] if rows else [1], squeeze=False
     )[:, 0]
     for axes, state in zip(top.subplots(1, len(states), squeeze=False)[0], states, strict=True):
         _draw_regret(axes, evaluation, [c for c in curves if c.state == state], state, always)
@@ -225,7 +225,7 @@ def _draw_regret(
         ylabel="mean regret (Dice points)",
         title=f"{NAMES[state]}: {len(curves)} curves",
     )
-    axes.legend(fontsize=7, loc="upper right", framealpha=0.9)
+    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncol=2, frameon=False)
 
 
 def _draw_curves(axes: Axes, group: Sequence[Curve]) -> None:
