@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 BOOTSTRAP_DRAWS = 2000
 NOISE_DRAWS = 2000
+INTERVAL = (2.5, 97.5)
 MOST_SPLITS = 200
 FEWEST_TO_SPLIT = 3
 ALL = "all"
@@ -83,7 +84,7 @@ class Chooser:
 
     Attributes:
         name: The score, or what the rule does.
-        kind: ``score``, ``baseline``, ``chosen`` (a score chosen on other curves) or ``hindsight``.
+        kind: ``score``, ``rule``, ``baseline``, ``chosen`` (a score chosen on other curves) or ``hindsight``.
         shares: For each curve the share of each option, shape (R,), summing to 1 (a mixture is judged by its expected Dice), or
             None where the rule says nothing.
         orders: For each curve the numbers by which the rule orders the checkpoints, shape (K,), or None.
@@ -398,13 +399,20 @@ def resampled_means(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return means
 
 
-def evaluate(curves: Sequence[Curve], draws: int = BOOTSTRAP_DRAWS, seed: int = 0) -> Evaluation:
+def evaluate(
+    curves: Sequence[Curve],
+    draws: int = BOOTSTRAP_DRAWS,
+    seed: int = 0,
+    rules: Mapping[str, Callable[[Curve], np.ndarray | None]] | None = None,
+) -> Evaluation:
     """Judge every score and every baseline on curves.
 
     Args:
         curves: The curves, in any order.
         draws: Number of bootstrap draws.
         seed: Of everything random.
+        rules: More rules by name: a curve to the share of each of its checkpoints, shape (K,), summing to 1, or None. They must
+            not look at the Dice of the curve that they choose on.
     """
     import pandas as pd
 
@@ -412,7 +420,8 @@ def evaluate(curves: Sequence[Curve], draws: int = BOOTSTRAP_DRAWS, seed: int = 
     board = [judge(curve) for curve in curves]
     scores = [_by_score(name, board) for name in sorted({name for c in curves for name in c.scores})]
     regrets = _regrets(scores, board)
-    choosers = [*scores, *_baselines(board), *_chosen(scores, regrets, board)]
+    more = [_by_rule(name, rule, board) for name, rule in (rules or {}).items()]
+    choosers = [*scores, *more, *_baselines(board), *_chosen(scores, regrets, board)]
     table = pd.DataFrame(
         [row for chooser in choosers for row in _rows(chooser, board, _fixed_at_same_budget(chooser, board))]
     )
@@ -472,6 +481,12 @@ def _by_score(name: str, board: Sequence[Judged]) -> Chooser:
         [j.take(argbest(v)) if e and v is not None else None for j, v, e in zip(board, values, exists, strict=True)],
         [v if e else None for v, e in zip(values, exists, strict=True)],
     )
+
+
+def _by_rule(name: str, rule: Callable[[Curve], np.ndarray | None], board: Sequence[Judged]) -> Chooser:
+    shares = [rule(j.curve) for j in board]
+    padded = [None if s is None else np.pad(s, (0, len(j.means) - len(s))) for s, j in zip(shares, board, strict=True)]
+    return Chooser(name, "rule", padded)
 
 
 def _baselines(board: Sequence[Judged]) -> list[Chooser]:
@@ -705,6 +720,9 @@ def _summary(table: pd.DataFrame, group: str, draws: int, seed: int) -> pd.DataF
         with warnings.catch_warnings():
             # a column without a value has no interval
             warnings.simplefilter("ignore", RuntimeWarning)
-            ends = np.nanpercentile(resampled_means(wide.to_numpy(), weights), (2.5, 97.5), axis=0)
+            ends = np.nanpercentile(resampled_means(wide.to_numpy(), weights), INTERVAL, axis=0)
+        if curves["dataset"].nunique() == runs.nunique() == 1:
+            # nothing was resampled: no interval, not one of no width
+            ends[:] = np.nan
         summary[f"{column}_low"], summary[f"{column}_high"] = ends
     return summary.reset_index()

@@ -68,7 +68,7 @@ def evaluation_text(evaluation: Evaluation, always: Sequence[str] = ()) -> str:
     ]
     if min(facts["targets"], facts["runs"]) < FEW_CLUSTERS:
         legend.append(
-            f"Intervals resample {facts['targets']:.0f} targets and {facts['runs']:.0f} pretraining runs: rough, rather too narrow."
+            f"Intervals resample targets ({facts['targets']:.0f}) and pretraining runs ({facts['runs']:.0f}): so few make them rough."
         )
     return "\n\n".join([*blocks, "\n".join(legend)])
 
@@ -122,11 +122,12 @@ def _group_text(evaluation: Evaluation, state: str, always: Sequence[str]) -> st
     averages = [rule for rule in group.index if rule.startswith("average of")]
     baselines = [LAST, *reversed(later), *averages, ACCURACY, RANDOM_EPOCH, FROM_SCRATCH]
     hindsight = [HALF_SEEDS, BEST_SCORE, WITHIN_ERROR, WITHIN_HALF_POINT]
-    sections = [shown_scores(group, always), list(HELD_OUT.values()), baselines, hindsight]
+    rules = group.index[group["kind"] == "rule"].tolist()
+    sections = [shown_scores(group, always), [*rules, *HELD_OUT.values()], baselines, hindsight]
     shown = [[rule for rule in section if rule in group.index] for section in sections]
     width = max(len(_title(group.loc[rule])) for section in shown for rule in section)
     lines = [
-        f"{NAMES[state]}: {noise['curves']:.0f} curves, {noise['targets']:.0f} targets, {noise['runs']:.0f} pretraining runs",
+        f"{NAMES[state]} (curves: {noise['curves']:.0f}, targets: {noise['targets']:.0f}, pretraining runs: {noise['runs']:.0f})",
         f"{'':{width}}  {'curves':>6}  {'regret':>6} {'[95 %]':>14}  {'split':>6}  {'worst':>6}  {'epoch':>5}  {'budget':>6}  {'tau':>5}"
         f"  {'-last':>6} {'w/t/l':>8}  {'-fixed':>6} {'w/t/l':>8}",
     ]
@@ -144,7 +145,7 @@ def _group_text(evaluation: Evaluation, state: str, always: Sequence[str]) -> st
         lines.append("no average of the last checkpoints in the table (epoch average-K)")
     lines.append(
         f"noise of the seeds: regret of the truly best epoch {_points(noise['noise_floor'])}; agreement of half the seeds with the "
-        f"others, a ceiling for tau: weighted {noise['weighted_tau_of_halves']:.2f}, Kendall {noise['kendall_tau_of_halves']:.2f}, "
+        f"others, a cautious ceiling for tau: weighted {noise['weighted_tau_of_halves']:.2f}, Kendall {noise['kendall_tau_of_halves']:.2f}, "
         f"Spearman {noise['spearman_of_halves']:.2f}"
     )
     return "\n".join(lines)

@@ -251,6 +251,20 @@ def test_two_way_bootstrap() -> None:
     np.testing.assert_equal(only, [[np.nan], [2.0]])
 
 
+def test_one_target_and_one_run_have_no_interval() -> None:
+    summary = evaluate([curve(), curve(state="frozen")], draws=20).summary
+    assert summary[["regret_low", "regret_high", "minus_last_low"]].isna().all(axis=None)
+
+
+def test_a_rule_of_ones_own_is_judged_like_any_other() -> None:
+    rules = {"my last": lambda c: np.eye(3)[2], "half of each": lambda c: np.array([0.5, 0.5, 0.0])}
+    summary = evaluate(many(), draws=50, rules=rules).summary
+    mine, last = row(summary, "my last", "all"), row(summary, "last epoch", "all")
+    for column in ("regret", "regret_low", "split_regret", "minus_random", "wins_scratch"):
+        assert mine[column] == last[column]
+    assert row(summary, "half of each", "all")["epoch"] == 15
+
+
 def test_missing_scores_averages_and_single_seeds() -> None:
     partly = curve(scores={"one": np.array([np.nan, 1.0, 1.0])}, averages={3: np.array([0.70, 0.71, 0.72])})
     alone = curve(DICE[:, :1], dataset="lung")
@@ -283,7 +297,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     command = [*tables(tmp_path, many()), "-o", str(tmp_path / "out"), "-draws", "50"]
     assert main([*command, "-drop", "dataset=a,run=r1", "-drop", "state=frozen,dataset=b"]) == 0
     printed = capsys.readouterr().out
-    assert "free and frozen: 8 curves, 3 targets, 2 pretraining runs" in printed
+    assert "free and frozen (curves: 8, targets: 3, pretraining runs: 2)" in printed
     assert "score chosen on other targets" in printed
     assert "rough" in printed
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
@@ -299,6 +313,21 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(command) == 1
     assert "--overwrite" in capsys.readouterr().err
     assert main([*command, "--overwrite"]) == 0
+
+
+def test_the_least_that_can_be_evaluated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "downstream.csv"
+    table.write_text(
+        "dataset,encoder,scheme,run,state,epoch,seed,dice\nheart,r,s,1,free,1,0,0.5\nheart,r,s,1,free,2,0,0.4\n"
+    )
+    assert main(["evaluate-scores", "-downstream", str(table), "-o", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "encoder free (curves: 1, targets: 1, pretraining runs: 1)" in printed
+    (last,) = [line for line in printed.splitlines() if line.startswith("last epoch")]
+    # no interval from one curve, no split and no comparison from one seed, but for that of the last with itself
+    assert " ".join(last.split()) == "last epoch 1 10.00 [-, -] - 10.00 2 1.00 -1.00 +0.00 0/1/0 +0.00 0/1/0"
+    summary = json.loads((tmp_path / "out" / "evaluation.json").read_text())["summary"]
+    assert summary[0]["regret_low"] is None
 
 
 @pytest.mark.parametrize(
