@@ -1,4 +1,4 @@
-"""``mtl-nnunet``: trainers, plans, demo."""
+"""``mtl-nnunet``: trainers, plans, demo, evaluate-scores."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mtl_nnunet.cli import evaluate_scores
 from mtl_nnunet.cli.command import run
 from mtl_nnunet.errors import UserError
 
@@ -66,6 +67,8 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("-o", default="mtl_demo", metavar="FOLDER", help="where to write (default: mtl_demo)")
     demo.add_argument("--overwrite", action="store_true", help="replace an earlier demo")
     demo.set_defaults(command=run_demo)
+
+    evaluate_scores.add_parser(commands)
     return parser
 
 
