@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import subprocess
 import time
 from dataclasses import dataclass
 from functools import cache
@@ -30,7 +31,7 @@ from mtl_nnunet.recipe import EpochwiseLR, Recipe, optimizer_of, parameter_group
 
 STATES = ("free", "frozen")
 SCRATCH = "scratch"
-ITERATIONS = 100
+ITERATIONS = 80
 RATE = 3e-3
 WARMUP = 10
 BATCH_SIZE = 8
@@ -92,6 +93,7 @@ def main() -> None:
         done = {tuple(row[c] for c in COLUMNS[:7]) for row in csv.DictReader(file)}
     jobs = [j for j in jobs_of(args) if j.key not in done]
     print(f"{len(done)} trainings are in {args.o}, {len(jobs)} to go", flush=True)
+    version = made_with()
     started = time.monotonic()
     results = Parallel(n_jobs=args.num_proc, batch_size=1, return_as="generator")(
         delayed(train_and_test)(job, files[job.dataset], args.iterations, args.lr, args.device) for job in jobs
@@ -99,7 +101,7 @@ def main() -> None:
     with args.o.open("a", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         for i, (job, (dice, pooled, seconds)) in enumerate(zip(jobs, results, strict=True), start=1):
-            writer.writerow([*job.key, f"{dice:.5f}", job.accuracy, f"{pooled:.5f}", f"{seconds:.2f}"])
+            writer.writerow([*job.key, f"{dice:.5f}", job.accuracy, f"{pooled:.5f}", f"{seconds:.2f}", version])
             file.flush()
             if i % 100 == 0:
                 print(f"{i} of {len(jobs)}, {time.monotonic() - started:.0f} s", flush=True)
@@ -140,6 +142,12 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
 
 def scheme_of(folder: Path) -> str:
     return "cooldown" if "-cooldown-" in folder.name else "cosine"
+
+
+def made_with() -> str:
+    """The commit of this code, and whether it was changed since."""
+    here = Path(__file__).parent
+    return subprocess.check_output(["git", "describe", "--always", "--dirty"], cwd=here, text=True).strip()
 
 
 @cache

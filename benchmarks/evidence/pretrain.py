@@ -32,6 +32,8 @@ from torchvision.transforms import v2
 ENCODERS = ("test_resnet", "test_convnext", "test_efficientnet")
 SCHEMES = ("cosine", "cooldown")
 SEEDS = (0, 1)
+# all encoders of one seed before the next seed, so that what comes after can begin
+RUNS = tuple((e, s, seed) for seed, s, e in product(SEEDS, SCHEMES, ENCODERS))
 KEPT_EPOCHS = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 COOLDOWN = 0.2
 PIXELS = 64
@@ -48,9 +50,7 @@ def main() -> None:
     parser.add_argument("-num_proc", type=int, default=1)
     parser.add_argument("-device", default="cpu")
     args = parser.parse_args()
-    # all encoders of one seed before the next seed, so that what comes after can begin
-    runs = [(e, s, seed) for seed, s, e in product(SEEDS, SCHEMES, ENCODERS)]
-    missing = [run for run in runs if not (args.o / name_of(*run) / "summary.csv").is_file()]
+    missing = [run for run in RUNS if not (args.o / name_of(*run) / "summary.csv").is_file()]
     Parallel(n_jobs=args.num_proc, batch_size=1, pre_dispatch="n_jobs")(
         delayed(pretrain)(*run, args.tar, args.o, args.device) for run in missing
     )

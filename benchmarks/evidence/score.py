@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from downstream import scheme_of, target_of
+from downstream import made_with, scheme_of, target_of
 from joblib import Parallel, delayed
 from targets import TARGETS, Target, prepared
 
@@ -30,11 +30,27 @@ from mtl_nnunet.scores import SCORES, Score, parse_score
 from mtl_nnunet.slices import Slices
 
 RANDOM = "random"
-COLUMNS = ("dataset", "encoder", "scheme", "run", "epoch", "score", "value", "higher_is_better", "num_cases", "draw")
+COLUMNS = (
+    "dataset",
+    "encoder",
+    "scheme",
+    "run",
+    "epoch",
+    "score",
+    "value",
+    "higher_is_better",
+    "num_cases",
+    "draw",
+    "made_with",
+)
 # which views and strengths the scores of views are tried with, beside their own
 STRENGTHS = (("scanner", 0.5), ("scanner", 2.0), ("paper", 1.0), ("paper", 2.0))
 VARIANTS = {
-    "robustness": [f"distance={d},margin={m}" for d in ("cosine", "l2", "pearson") for m in (0, 0.5, 1)],
+    # beside its own, cosine and 0.5
+    "robustness": [
+        *(f"distance=cosine,margin={m}" for m in (0, 1)),
+        *(f"distance={d},margin={m}" for d in ("l2", "pearson") for m in (0, 0.5, 1)),
+    ],
     "dse": ["part=separability", "part=rank"],
     "dse_labels": ["part=separability"],
 }
@@ -67,6 +83,7 @@ def main() -> None:
         not in done
     ]
     print(f"{len(jobs)} checkpoints to go", flush=True)
+    version = made_with()
     started = time.monotonic()
     results = Parallel(n_jobs=args.num_proc, batch_size=1, return_as="generator")(
         delayed(values_of)(files[d], architecture_of(f), c, args.num_cases, args.draw, args.device) for d, f, c in jobs
@@ -76,7 +93,7 @@ def main() -> None:
         for i, ((dataset, folder, checkpoint), values) in enumerate(zip(jobs, results, strict=True), start=1):
             epoch = RANDOM if checkpoint is None else checkpoint.epoch
             known = (dataset, architecture_of(folder), scheme_of(folder), folder.name, epoch)
-            writer.writerows([*known, name, f"{v:.6g}", int(up), cases, args.draw] for name, v, up in values)
+            writer.writerows([*known, name, f"{v:.6g}", int(up), cases, args.draw, version] for name, v, up in values)
             file.flush()
             if i % 20 == 0:
                 print(f"{i} of {len(jobs)}, {time.monotonic() - started:.0f} s", flush=True)
