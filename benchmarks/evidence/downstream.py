@@ -14,6 +14,7 @@ import subprocess
 import time
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,7 @@ COLUMNS = (
     "accuracy",
     "pooled_dice",
     "seconds",
+    "made_with",
 )
 
 
@@ -110,33 +112,17 @@ def main() -> None:
 def jobs_of(args: argparse.Namespace) -> list[Job]:
     """All trainings, a whole grid of one seed before the next, so that what is there at any time is balanced."""
     jobs = []
-    for seed in args.seeds:
-        for dataset in args.d:
-            for state in args.state:
-                encoders = set()
-                for folder in args.runs:
-                    found = find_checkpoints([folder])
-                    encoder = found[0].architecture
-                    assert encoder is not None
-                    if encoder not in encoders:
-                        jobs.append(Job(dataset, encoder, "", "", state, SCRATCH, seed))
-                        encoders.add(encoder)
-                    for checkpoint in found:
-                        if args.epochs and str(checkpoint.epoch) not in args.epochs:
-                            continue
-                        jobs.append(
-                            Job(
-                                dataset,
-                                encoder,
-                                scheme_of(folder),
-                                folder.name,
-                                state,
-                                str(checkpoint.epoch),
-                                seed,
-                                accuracies(folder).get(str(checkpoint.epoch), ""),
-                                checkpoint.path,
-                            )
-                        )
+    runs = {folder: find_checkpoints([folder]) for folder in args.runs}
+    encoders = dict.fromkeys(str(found[0].architecture) for found in runs.values())
+    for seed, dataset, state in product(args.seeds, args.d, args.state):
+        jobs += [Job(dataset, encoder, "", "", state, SCRATCH, seed) for encoder in encoders]
+        for folder, found in runs.items():
+            known = (dataset, str(found[0].architecture), scheme_of(folder), folder.name, state)
+            jobs += [
+                Job(*known, epoch, seed, accuracies(folder).get(epoch, ""), checkpoint.path)
+                for checkpoint in found
+                if (epoch := str(checkpoint.epoch)) in (args.epochs or [epoch])
+            ]
     return jobs
 
 
