@@ -75,18 +75,12 @@ class Job:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-raw", type=Path, required=True, help="nnU-Net's folder of raw datasets")
-    parser.add_argument("-runs", type=Path, nargs="+", required=True, help="folders of pretraining runs")
-    parser.add_argument("-work", type=Path, required=True, help="where prepared targets are kept")
-    parser.add_argument("-o", type=Path, required=True)
-    parser.add_argument("-d", nargs="+", choices=list(TARGETS), default=list(TARGETS))
+    add_common_options(parser)
     parser.add_argument("-state", nargs="+", choices=STATES, default=list(STATES))
     parser.add_argument("-seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("-epochs", nargs="+", help="of each run; default all")
     parser.add_argument("-iterations", type=int, default=ITERATIONS)
     parser.add_argument("-lr", type=float, default=RATE)
-    parser.add_argument("-num_proc", type=int, default=1)
-    parser.add_argument("-device", default="cpu")
     args = parser.parse_args()
     files = {name: prepared(name, args.raw, args.work) for name in args.d}
     if not args.o.is_file():
@@ -107,6 +101,16 @@ def main() -> None:
             file.flush()
             if i % 100 == 0:
                 print(f"{i} of {len(jobs)}, {time.monotonic() - started:.0f} s", flush=True)
+
+
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-raw", type=Path, required=True, help="nnU-Net's folder of raw datasets")
+    parser.add_argument("-runs", type=Path, nargs="+", required=True, help="folders of pretraining runs")
+    parser.add_argument("-work", type=Path, required=True, help="where prepared targets are kept")
+    parser.add_argument("-o", type=Path, required=True)
+    parser.add_argument("-d", nargs="+", choices=list(TARGETS), default=list(TARGETS))
+    parser.add_argument("-num_proc", type=int, default=1)
+    parser.add_argument("-device", default="cpu")
 
 
 def jobs_of(args: argparse.Namespace) -> list[Job]:

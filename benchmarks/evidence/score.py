@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from downstream import made_with, scheme_of, target_of
+from downstream import add_common_options, made_with, scheme_of, target_of
 from joblib import Parallel, delayed
-from targets import TARGETS, Target, prepared
+from targets import Target, prepared
 
 from mtl_nnunet.checkpoints import Checkpoint, find_checkpoints, read_contents
 from mtl_nnunet.embedding import Target as Seen
@@ -58,15 +58,9 @@ VARIANTS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-raw", type=Path, required=True, help="nnU-Net's folder of raw datasets")
-    parser.add_argument("-runs", type=Path, nargs="+", required=True, help="folders of pretraining runs")
-    parser.add_argument("-work", type=Path, required=True, help="where prepared targets are kept")
-    parser.add_argument("-o", type=Path, required=True)
-    parser.add_argument("-d", nargs="+", choices=list(TARGETS), default=list(TARGETS))
+    add_common_options(parser)
     parser.add_argument("-num_cases", type=int, help="of the pool; default all of it")
     parser.add_argument("-draw", type=int, default=0, help="which random draw of that many cases")
-    parser.add_argument("-num_proc", type=int, default=1)
-    parser.add_argument("-device", default="cpu")
     args = parser.parse_args()
     files = {name: prepared(name, args.raw, args.work) for name in args.d}
     if not args.o.is_file():

@@ -1,0 +1,168 @@
+"""The downstream benchmark: what trains, what tests and what is scored do not mix, and an interrupted run goes on."""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import downstream
+import numpy as np
+import pretrain
+import pytest
+import score
+import targets
+import torch
+from PIL import Image
+
+from mtl_nnunet.checkpoints import find_checkpoints
+from mtl_nnunet.curves import read_curves
+
+
+@pytest.fixture
+def target() -> targets.Target:
+    """Twenty patients, one to three cases each, two slices a case; discs on noise."""
+    rng = np.random.default_rng(0)
+    patients = np.repeat(np.arange(20), rng.integers(1, 4, 20))
+    patients = np.repeat(patients, 2)
+    cases = np.array([f"case_{i // 2:03d}" for i in range(len(patients))])
+    labels = torch.zeros(len(patients), 64, 64, dtype=torch.int64)
+    labels[:, 16:40, 20:44] = 1
+    images = torch.from_numpy(rng.normal(size=(len(patients), 1, 64, 64)).astype(np.float32)) + labels[:, None]
+    return targets.Target(images, labels, patients, cases, np.isin(patients, [0, 3, 7, 11, 15]))
+
+
+@pytest.fixture
+def tar(tmp_path: Path) -> Path:
+    """Four classes of plain colours with noise, eight images each to train and two to validate."""
+    rng = np.random.default_rng(0)
+    path = tmp_path / "images.tar"
+    with tarfile.open(path, "w") as archive:
+        for split, number in (("train", 8), ("val", 2)):
+            for k in range(4):
+                for i in range(number):
+                    pixels = rng.integers(0, 60, (64, 64, 3)) + 60 * k
+                    data = io.BytesIO()
+                    Image.fromarray(pixels.astype(np.uint8)).save(data, "jpeg")
+                    member = tarfile.TarInfo(f"{split}/class{k}/{i:04d}.jpg")
+                    member.size = data.tell()
+                    data.seek(0)
+                    archive.addfile(member, data)
+    return path
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_seed_trains_on_a_test_patient(target: targets.Target, seed: int) -> None:
+    chosen = targets.training_slices(target, seed)
+    assert not target.is_test[chosen].any()
+    assert len(np.unique(target.cases[chosen])) == targets.TRAINING_CASES
+    assert len(np.unique(target.patients[chosen])) == targets.TRAINING_CASES
+    assert np.array_equal(chosen, targets.training_slices(target, seed))
+
+
+def test_seeds_draw_other_cases(target: targets.Target) -> None:
+    assert len({tuple(targets.training_slices(target, seed)) for seed in range(5)}) > 1
+
+
+@pytest.mark.parametrize("num_cases", [None, 6])
+def test_the_scorer_sees_no_test_patient(target: targets.Target, num_cases: int | None) -> None:
+    seen = score.pool_slices(target, num_cases, draw=0)
+    of_test = set(target.cases[target.is_test])
+    assert not of_test & set(seen.cases)
+    assert len(set(seen.cases)) == (num_cases or len(set(target.cases[~target.is_test])))
+
+
+def test_dice_of_classes_by_hand(target: targets.Target) -> None:
+    truth = torch.tensor([[0, 1, 1, 1], [0, 0, 1, -1]])
+    predicted = torch.tensor([[0, 1, 1, 0], [1, 0, 1, -1]])
+    # 3 of 4 predicted and 4 true pixels agree
+    assert downstream.class_dice(predicted, truth, target) == [pytest.approx(2 * 3 / 8)]
+
+
+def test_pixels_that_do_not_count_are_neither_trained_on_nor_tested(target: targets.Target) -> None:
+    target.labels[:, :, :8] = -1
+    perfect = torch.where(target.labels[target.is_test] < 0, 1, target.labels[target.is_test])
+
+    class Oracle(torch.nn.Module):
+        seen = 0
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            answer = perfect[self.seen : self.seen + len(images)]
+            self.seen += len(images)
+            return torch.nn.functional.one_hot(answer, 2).movedim(-1, 1).float()
+
+    assert downstream.test(Oracle(), target, "cpu") == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("scheme", pretrain.SCHEMES)
+def test_pretraining_keeps_what_it_says(
+    tar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    monkeypatch.setattr(pretrain, "KEPT_EPOCHS", (1, 3, 5))
+    monkeypatch.setattr(pretrain, "BATCH_SIZE", 8)
+    rates: list[float] = []
+    step = pretrain.train_step
+
+    def recorded(model: Any, optimizer: Any, rate: float, *batch: Any) -> None:
+        rates.append(rate)
+        step(model, optimizer, rate, *batch)
+
+    monkeypatch.setattr(pretrain, "train_step", recorded)
+    pretrain.pretrain("test_resnet", scheme, 0, tar, tmp_path, "cpu")
+    found = find_checkpoints([tmp_path / pretrain.name_of("test_resnet", scheme, 0)])
+    assert [c.epoch for c in found] == [1, 3, 5]
+    assert {c.architecture for c in found} == {"test_resnet"}
+    # four steps an epoch; each branch ends at a rate of zero and begins at four fifths of its epochs
+    if scheme == "cosine":
+        assert len(rates) == 20
+        assert rates[-1] == pytest.approx(0, abs=1e-9)
+    else:
+        assert rates.count(0.0) == 3
+        assert len(rates) == 16 + (4 - 3) + (12 - 10) + (20 - 16)
+    assert max(rates) <= pretrain.RATE
+
+
+def test_interrupted_and_asked_again_nothing_is_trained_twice(
+    target: targets.Target, demo_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    np.savez(
+        work / "cine_mr.npz",
+        images=target.images.numpy(),
+        labels=target.labels.numpy(),
+        patients=target.patients,
+        cases=target.cases,
+        is_test=target.is_test,
+    )
+    run = tmp_path / "test_resnet-cosine-0"
+    run.symlink_to(demo_run)
+    monkeypatch.setattr(downstream, "accuracies", lambda folder: {"39": "36.4"})
+    table, scores = tmp_path / "downstream.csv", tmp_path / "scores.csv"
+    common = ["-raw", str(tmp_path), "-runs", str(run), "-work", str(work), "-d", "cine_mr"]
+    options = [*common, "-o", str(table), "-seeds", "0", "1", "-epochs", "0", "39", "-iterations", "2"]
+
+    def rows(*more: str) -> list[dict[str, str]]:
+        monkeypatch.setattr(sys, "argv", ["downstream.py", *options, *more])
+        downstream.main()
+        with table.open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    first = rows("-state", "free")
+    assert [(r["epoch"], r["seed"]) for r in first] == [(e, s) for s in "01" for e in ("scratch", "0", "39")]
+    assert all(0 <= float(r["dice"]) <= 1 for r in first)
+    both = rows()
+    assert both[: len(first)] == first
+    assert len(both) == 2 * len(first)
+    assert rows() == both
+
+    monkeypatch.setattr(score, "scores_to_try", lambda: [("logme", score.parse_score("logme:level=all"))])
+    monkeypatch.setattr(sys, "argv", ["score.py", *common, "-o", str(scores)])
+    score.main()
+    curves = read_curves(table, scores)
+    assert [c.state for c in curves] == ["free", "frozen"]
+    assert all(len(c.scratch) == 2 and set(c.random_scores) == set(c.scores) for c in curves)
+    assert list(curves[0].accuracy[1:]) == [36.4]
