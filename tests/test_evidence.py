@@ -18,7 +18,7 @@ import targets
 import torch
 from PIL import Image
 
-from mtl_nnunet.checkpoints import find_checkpoints
+from mtl_nnunet.checkpoints import find_checkpoints, read_contents
 from mtl_nnunet.curves import read_curves
 
 
@@ -95,6 +95,20 @@ def test_pixels_that_do_not_count_are_neither_trained_on_nor_tested(target: targ
             return torch.nn.functional.one_hot(answer, 2).movedim(-1, 1).float()
 
     assert downstream.test(Oracle(), target, "cpu") == (1.0, 1.0)
+
+
+def test_averaged_weights_lie_in_the_middle(demo_run: Path) -> None:
+    paths = tuple(c.path for c in find_checkpoints([demo_run])[-2:])
+    first, second = (read_contents(path).weights for path in paths)
+    middle = downstream.averaged(paths)
+    assert set(middle) == set(first)
+    for name, tensor in middle.items():
+        assert tensor.dtype == first[name].dtype
+        if tensor.is_floating_point():
+            by_hand = (first[name].numpy().astype(float) + second[name].numpy().astype(float)) / 2
+            np.testing.assert_allclose(tensor.numpy(), by_hand, rtol=1e-3, atol=1e-3)
+    alone = downstream.averaged(paths[:1])
+    assert all(torch.equal(alone[name], first[name]) for name in first)
 
 
 @pytest.mark.parametrize("scheme", pretrain.SCHEMES)

@@ -26,12 +26,14 @@ from targets import TARGETS, Target, prepared, read, training_slices
 from torch import Tensor
 
 from mtl_nnunet.checkpoints import find_checkpoints, read_contents
+from mtl_nnunet.curves import AVERAGE, SCRATCH
 from mtl_nnunet.encoder import TimmEncoder
 from mtl_nnunet.network import TimmUNet, strides_of
 from mtl_nnunet.recipe import EpochwiseLR, Recipe, optimizer_of, parameter_groups, recipe
 
 STATES = ("free", "frozen")
-SCRATCH = "scratch"
+# how many of the last checkpoints are averaged, as one more choice
+AVERAGED = 3
 ITERATIONS = 80
 RATE = 3e-3
 WARMUP = 10
@@ -66,7 +68,7 @@ class Job:
     epoch: str
     seed: int
     accuracy: str = ""
-    checkpoint: Path | None = None
+    checkpoints: tuple[Path, ...] = ()
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -123,10 +125,13 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
         for folder, found in runs.items():
             known = (dataset, str(found[0].architecture), scheme_of(folder), folder.name, state)
             jobs += [
-                Job(*known, epoch, seed, accuracies(folder).get(epoch, ""), checkpoint.path)
+                Job(*known, epoch, seed, accuracies(folder).get(epoch, ""), (checkpoint.path,))
                 for checkpoint in found
                 if (epoch := str(checkpoint.epoch)) in (args.epochs or [epoch])
             ]
+            if not args.epochs:
+                last = tuple(c.path for c in found[-AVERAGED:])
+                jobs.append(Job(*known, f"{AVERAGE}{AVERAGED}", seed, "", last))
     return jobs
 
 
@@ -167,14 +172,23 @@ def train_and_test(job: Job, file: Path, iterations: int, lr: float, device: str
         n_conv_per_stage_decoder=1,
         stem_channels=STEM_CHANNELS,
     )
-    if job.checkpoint is not None:
-        network.encoder.load_weights(read_contents(job.checkpoint).weights, str(job.checkpoint))
+    if job.checkpoints:
+        network.encoder.load_weights(averaged(job.checkpoints), " and ".join(map(str, job.checkpoints)))
     network = network.to(device, memory_format=torch.channels_last)
     frozen = job.state == "frozen"
     network.encoder.frozen = frozen
     how = recipe({"lr": lr, **({"frozen_epochs": "all"} if frozen else {})})
     train(network, target, training_slices(target, job.seed), how, iterations, job.seed, device)
     return *test(network, target, device), time.monotonic() - started
+
+
+def averaged(checkpoints: tuple[Path, ...]) -> dict[str, Tensor]:
+    """Mean of the weights of checkpoints of one run."""
+    weights = [read_contents(path).weights for path in checkpoints]
+    return {
+        name: torch.stack([w[name].double() for w in weights]).mean(0).to(tensor.dtype)
+        for name, tensor in weights[0].items()
+    }
 
 
 def train(
