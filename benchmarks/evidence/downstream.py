@@ -256,4 +256,7 @@ def class_dice(predicted: Tensor, truth: Tensor, target: Target) -> list[float]:
 
 
 if __name__ == "__main__":
-    main()
+    # workers import functions, and what these keep, by the name of their module
+    import downstream
+
+    downstream.main()

@@ -169,4 +169,7 @@ def pool_slices(target: Target, num_cases: int | None, draw: int) -> Slices:
 
 
 if __name__ == "__main__":
-    main()
+    # workers import functions, and what these keep, by the name of their module
+    import score
+
+    score.main()
