@@ -12,6 +12,7 @@ from conftest import REAL_DATA
 
 from mtl_nnunet.chooser import (
     NUM_TRENDS,
+    SHIPPED,
     Chooser,
     choose_by_expected_loss,
     covariance,
@@ -340,6 +341,23 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert named in capsys.readouterr().err
 
 
+def test_the_shipped_file_says_where_it_comes_from() -> None:
+    shipped = read_chooser()
+    assert SHIPPED.stat().st_size < 200_000
+    assert sorted(shipped.states) == ["free", "frozen"]
+    assert set(shipped.provenance) >= {
+        "version",
+        "date",
+        "command",
+        "tables",
+        "curves",
+        "datasets",
+        "encoders",
+        "held_out",
+    }
+    assert all(0.75 <= h["coverage"] <= 1 for h in shipped.provenance["held_out"])
+
+
 @pytest.mark.skipif(not PUBLISHED.is_dir(), reason="MTL_TEST_DATA has no published tables beside it")
 def test_published_tables() -> None:
     """No regret bound is claimed: on these 18 curves a score adds little; the intervals must hold."""
@@ -350,6 +368,12 @@ def test_published_tables() -> None:
     ]
     held = hold_out(curves, (SCORE,), "dataset")
     told = verdict(held)
+    first = held[0].curve
+    (model,) = [m for m in [read_chooser().states["free"].evidence] if m is not None]
+    # the shipped file is what the command makes of these tables
+    again = fit_model(curves, (SCORE,))
+    drawn = [draw_curves(m, first.epochs.astype(float), {SCORE: np.arange(9.0) ** 2}) for m in (model, again)]
+    assert np.allclose(*drawn, atol=1e-3)
     assert 0.8 <= told.coverage <= 1
     assert told.last == pytest.approx(0.0024, abs=2e-4)
     assert told.free_regret <= 1.2 * told.last

@@ -11,6 +11,8 @@ from typing import Any
 from mtl_nnunet.errors import UserError, listed
 
 LEFT_OUT = ("dataset", "encoder")
+# the file grows with their square
+MOST_SCORES = 40
 
 
 def add_parser(commands: Any) -> None:
@@ -58,6 +60,8 @@ def fit_chooser(args: argparse.Namespace) -> None:
         )
     if args.use and not args.scores:
         raise UserError("-use names scores, and there is no table of them. Pass -scores CSV.")
+    if len(args.use) > MOST_SCORES or len(set(args.use)) < len(args.use):
+        raise UserError(f"-use names {len(args.use)} scores; expected at most {MOST_SCORES}, each once.")
     tables = zip(args.downstream, args.scores or [None] * len(args.downstream), strict=True)
     curves = dropped([c for d, s in tables for c in read_curves(Path(d), s and Path(s))], args.drop)
     labels = [c.label for c in curves]
