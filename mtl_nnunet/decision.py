@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from mtl_nnunet.curves import STATES
 from mtl_nnunet.errors import UserError, listed
 
-RULES = ("best", "non-inferior", "last")
+RULES: dict[str, tuple[str, ...]] = {
+    "best": (),
+    "expected-loss": ("price", "state"),
+    "non-inferior": ("margin", "probability"),
+    "last": (),
+}
 
 
 @dataclass(frozen=True)
@@ -17,15 +24,19 @@ class Rule:
     """How the choice is made.
 
     Attributes:
-        name: ``best`` score; ``non-inferior``: the earliest whose loss against the best is small enough, else the last;
-            ``last`` epoch.
+        name: ``best`` score; ``expected-loss``: least expected Dice loss plus price, by ``mtl_nnunet.chooser``;
+            ``non-inferior``: the earliest whose loss against the best is small enough, else the last; ``last`` epoch.
         margin: Non-inferior: the loss allowed, as a share of what the best score gains over the random initialisation.
         probability: Non-inferior: how often, over resampled patients, the loss must be within the margin.
+        price: Expected loss: what a whole pretraining is worth, in Dice points.
+        state: Expected loss: whether the encoder is to be trained (``free``) or not (``frozen``).
     """
 
     name: str = "best"
     margin: float = 0.05
     probability: float = 0.95
+    price: float = 0.0
+    state: str = "free"
 
     @property
     def text(self) -> str:
@@ -35,11 +46,15 @@ class Rule:
                 f"earliest that loses at most {self.margin:g} of the gain over random weights with probability "
                 f"{self.probability:g}, else last"
             )
+        if self.name == "expected-loss":
+            return (
+                f"least expected Dice loss, encoder {self.state}, a whole pretraining worth {self.price:g} Dice points"
+            )
         return {"best": "best score", "last": "last epoch"}[self.name]
 
 
 def parse_rule(text: str) -> Rule:
-    """A rule from what a user typed: ``best``, ``last`` or ``non-inferior:margin=M,probability=P``.
+    """A rule from what a user typed: a name, or a name with parameters, as in ``non-inferior:margin=0.1``.
 
     Raises:
         UserError: Unknown rule, parameter or value.
@@ -51,26 +66,36 @@ def parse_rule(text: str) -> Rule:
     name, _, rest = text.partition(":")
     if name not in RULES:
         raise UserError(f"unknown rule '{name}'. Available: {listed(list(RULES))}.")
-    values: dict[str, float] = {}
+    values: dict[str, Any] = {}
     for item in filter(None, rest.split(",")):
         key, _, value = (part.strip() for part in item.partition("="))
-        if name != "non-inferior" or key not in ("margin", "probability"):
-            raise UserError(f"rule '{name}' has no parameter '{key}'. Write non-inferior:margin=0.05,probability=0.95.")
-        try:
-            values[key] = float(value)
-        except ValueError:
-            raise UserError(f"rule '{name}': {key}={value} is no number.") from None
-        if not 0 <= values[key] < 1:
-            raise UserError(f"rule '{name}': {key}={value} must be at least 0 and below 1.")
+        if key not in RULES[name]:
+            has = f"It has {listed(list(RULES[name]))}." if RULES[name] else "It has none."
+            raise UserError(f"rule '{name}' has no parameter '{key}'. {has}")
+        values[key] = value if key == "state" else _number(name, key, value)
+    if values.get("state", "free") not in STATES:
+        raise UserError(f"rule '{name}': state={values['state']} is unknown. Expected {' or '.join(STATES)}.")
     return Rule(name, **values)
+
+
+def _number(rule: str, key: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise UserError(f"rule '{rule}': {key}={text} is no number.") from None
+    most = float("inf") if key == "price" else 1
+    if not 0 <= value < most:
+        below = "" if key == "price" else " and below 1"
+        raise UserError(f"rule '{rule}': {key}={text} must be at least 0{below}.")
+    return value
 
 
 def choose(
     rule: Rule, values: Sequence[float], samples: np.ndarray, random_value: float, epochs: Sequence[int | None]
 ) -> int:
-    """Index of the checkpoint to start from.
+    """Index of the checkpoint to start from, as far as one score can say it.
 
-    The loss of a checkpoint in a draw is against the best *of that draw*, so that a best that is best by luck costs
+    ``expected-loss`` weighs several scores (``chooser.choose_by_expected_loss``); here it stays at the last. The loss of a checkpoint in a draw is against the best *of that draw*, so that a best that is best by luck costs
     what it should.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from mtl_nnunet.bootstrap import (
 )
 from mtl_nnunet.cache import ResultCache, Scored, code_sha256
 from mtl_nnunet.checkpoints import Checkpoint, read_contents
+from mtl_nnunet.chooser import Choice, choose_by_expected_loss, read_chooser
 from mtl_nnunet.decision import Rule, choose, parse_rule
 from mtl_nnunet.embedding import Target, digest, embed, make_target, resolved_precision
 from mtl_nnunet.encoder import random_encoder
@@ -86,6 +87,7 @@ class Ranking:
         rule: By which rule the choice is made.
         choice: Index of the chosen checkpoint.
         samples: Score of each checkpoint on each bootstrap draw, shape (K, B).
+        expectation: What starting from each checkpoint is expected to lose; None unless the rule asks for it.
     """
 
     score: Score
@@ -96,6 +98,7 @@ class Ranking:
     rule: Rule
     choice: int
     samples: np.ndarray = field(repr=False)
+    expectation: Choice | None = None
 
     @property
     def chosen(self) -> RankedCheckpoint:
@@ -186,7 +189,7 @@ def rank_checkpoints(
                     if cache is not None:
                         cache.keep(contents[i, score], scored)
                 bar.update()
-    return tuple(
+    rankings = tuple(
         ranking_of(
             s,
             encoder,
@@ -197,6 +200,26 @@ def rank_checkpoints(
         )
         for s in scores
     )
+    return by_expected_loss(rankings) if rule.name == "expected-loss" else rankings
+
+
+def by_expected_loss(rankings: Sequence[Ranking]) -> tuple[Ranking, ...]:
+    """The first ranking with the choice that all scores together make; the others choose by their own best score."""
+    first = rankings[0]
+    choice = choose_by_expected_loss(
+        read_chooser(),
+        [float(c.checkpoint.epoch) for c in first.checkpoints if c.checkpoint and c.checkpoint.epoch is not None],
+        {
+            r.score.text: [c.value if r.score.higher_is_better else -c.value for c in r.checkpoints]
+            for r in rankings
+            if r.score.has_default_views
+        },
+        first.rule.state,
+        first.rule.price,
+        first.encoder,
+    )
+    others = (replace(r, rule=Rule(), choice=r.best) for r in rankings[1:])
+    return replace(first, choice=choice.index, expectation=choice), *others
 
 
 def score_encoder(

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from mtl_nnunet.bootstrap import FEWEST_PATIENTS
+from mtl_nnunet.chooser import Choice
 from mtl_nnunet.ranking import RankedCheckpoint, Ranking
 from mtl_nnunet.slices import Slices
 
@@ -20,10 +21,12 @@ def ranking_table(rankings: Sequence[Ranking]) -> str:
     """The rankings as CSV, one row a checkpoint and score, the random initialisation last of each score."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    names = "name,parameters,epoch,file,score,low,high,probability_of_best_score,undecided,chosen,last,out_after,logged_accuracy"
+    names = "name,parameters,epoch,file,score,low,high,probability_of_best_score,undecided,chosen,last,out_after,logged_accuracy,expected_loss,loss_low,loss_high"
     writer.writerow(names.split(","))
     for ranking in rankings:
-        for row in (*ranking.checkpoints, ranking.random):
+        told = ranking.expectation
+        losses = {} if told is None else dict(enumerate(zip(told.expected_loss, told.low, told.high, strict=True)))
+        for i, row in enumerate((*ranking.checkpoints, ranking.random)):
             checkpoint = row.checkpoint
             writer.writerow(
                 [
@@ -40,6 +43,7 @@ def ranking_table(rankings: Sequence[Ranking]) -> str:
                     row is ranking.last,
                     row.out_after,
                     checkpoint.logged_accuracy if checkpoint else None,
+                    *losses.get(i, (None, None, None)),
                 ]
             )
     return text.getvalue()
@@ -49,7 +53,12 @@ def ranking_text(ranking: Ranking) -> str:
     """The ranking as a table for a terminal, best score first, the yardsticks marked."""
     direction = "higher" if ranking.score.higher_is_better else "lower"
     width = max(8, *(len(r.label) for r in ranking.checkpoints))
+    told = ranking.expectation
+    losses = {} if told is None else dict(zip((r.label for r in ranking.checkpoints), _losses(told), strict=True))
+    loss_width = max(len("Dice points lost"), *map(len, losses.values()), 0)
     lines = [f"{'epoch':>{width}}  {'score':>8}  {'95 % interval':>18}  {'P(best score)':>13}  {'ImageNet top-1':>14}"]
+    if losses:
+        lines[0] += f"  {'Dice points lost':>{loss_width}}"
     rows: list[RankedCheckpoint] = sorted(
         (*ranking.checkpoints, ranking.random), key=lambda r: r.value, reverse=ranking.score.higher_is_better
     )
@@ -70,12 +79,20 @@ def ranking_text(ranking: Ranking) -> str:
         ]
         lines.append(
             f"{row.label:>{width}}  {row.value:8.4f}  [{row.low:7.4f}, {row.high:7.4f}]  {probability:>13}  "
-            f"{'' if accuracy is None else f'{accuracy:.2f} %':>14}  {', '.join(notes)}".rstrip()
+            f"{'' if accuracy is None else f'{accuracy:.2f} %':>14}  "
+            f"{f'{losses.get(row.label, str()):>{loss_width}}  ' if losses else ''}{', '.join(notes)}".rstrip()
         )
     lines.append(
         f"score {ranking.score.text}: {direction} is better; intervals by bootstrap over patients; rule: {ranking.rule.text}."
     )
+    if told is not None:
+        lines.append(f"{told.text}.")
     return "\n".join(lines)
+
+
+def _losses(told: Choice) -> list[str]:
+    ends = zip(told.expected_loss, told.low, told.high, strict=True)
+    return [f"{100 * loss:.2f} [{100 * low:.2f}, {100 * high:.2f}]" for loss, low, high in ends]
 
 
 def others_text(rankings: Sequence[Ranking]) -> str:
@@ -139,6 +156,8 @@ def warnings_in_words(ranking: Ranking, num_patients: int) -> list[str]:
         warnings.append(
             "No earlier checkpoint is known to be good enough by the non-inferiority rule: the last one is taken."
         )
+    if ranking.expectation is not None:
+        warnings += [f"Expected loss: {text}" for text in ranking.expectation.warnings]
     if num_patients < FEWEST_PATIENTS:
         warnings.append(f"Only {num_patients} patients were read, too few for an interval: read more of them.")
     elif num_patients < FEW_PATIENTS:

@@ -12,6 +12,7 @@ from typing import Any
 from mtl_nnunet.cache import ResultCache
 from mtl_nnunet.cases import Dataset, find_image_folder, find_nnunet_dataset, without_validation_cases
 from mtl_nnunet.checkpoints import Checkpoint, find_checkpoints
+from mtl_nnunet.chooser import read_chooser
 from mtl_nnunet.decision import Rule, parse_rule
 from mtl_nnunet.errors import UserError, listed
 from mtl_nnunet.racing import race_checkpoints
@@ -77,7 +78,7 @@ def select_checkpoint(
         scores: By which scores; the first chooses.
         encoder: timm's name of the architecture, where the checkpoints do not say.
         output: Folder to write; None writes nothing.
-        rule: ``best``, ``last``, ``non-inferior`` or a ``Rule``.
+        rule: ``best``, ``last``, ``non-inferior``, ``expected-loss`` (its scores are computed beside those named) or a ``Rule``.
         fold: With scores that need labels: whose validation cases to keep out, or ``all``.
         num_slices: Slices at most.
         num_cases: Cases read at most.
@@ -102,6 +103,8 @@ def select_checkpoint(
     if race and (len(chosen_scores) > 1 or rule.name != "best"):
         raise UserError("a race goes with one score and rule best: what is out early has no score on all patients.")
     labelled = any(score.labels for score in chosen_scores)
+    if rule.name == "expected-loss":
+        chosen_scores += _scores_of_the_chooser(rule, chosen_scores, labelled)
     if fold is not None and not labelled:
         raise UserError(
             "-f keeps labels of validation cases out, and no score here uses labels. Choose a score that does "
@@ -153,6 +156,14 @@ def _found(dataset: Dataset | int | str | Path, skip_bad_cases: bool) -> Dataset
     if isinstance(dataset, Path) or (isinstance(dataset, str) and os.sep in dataset):
         return find_image_folder(dataset, skip_bad_cases=skip_bad_cases)
     return find_nnunet_dataset(dataset, skip_bad_cases)
+
+
+def _scores_of_the_chooser(rule: Rule, there: Sequence[Score], labelled: bool) -> list[Score]:
+    """What the chooser reads and was not asked for; labels are not read for its sake."""
+    known = read_chooser().states.get(rule.state)
+    texts = {s.text for s in there if s.has_default_views}
+    read = parse_scores(known.evidence.scores) if known and known.evidence else []
+    return [s for s in read if s.text not in texts and (labelled or not s.labels)]
 
 
 def _parsed_fold(fold: Any) -> int | str | None:

@@ -20,6 +20,7 @@ from mtl_nnunet import __version__
 from mtl_nnunet.bootstrap import INTERVAL
 from mtl_nnunet.cases import Dataset
 from mtl_nnunet.checkpoints import read_contents
+from mtl_nnunet.chooser import SHIPPED
 from mtl_nnunet.encoder import TimmEncoder
 from mtl_nnunet.errors import UserError, listed
 from mtl_nnunet.files import folder_written_atomically, sha256, to_json, write_text
@@ -255,6 +256,7 @@ def _content(
         "seed": seed,
         "rule": ranking.rule.text,
         "choice": _entry(ranking.chosen),
+        "expected_loss": None if ranking.expectation is None else _expectation(ranking),
         "undecided": [c.label for c in ranking.undecided],
         "score": _described(ranking.score),
         "interval": {"percentiles": list(INTERVAL), "bootstrap": "patients"},
@@ -291,6 +293,31 @@ def _content(
         },
         "versions": {"mtl-nnunet": __version__, **{p: importlib.metadata.version(p) for p in PACKAGES}},
         "threads": torch.get_num_threads(),
+    }
+
+
+def _expectation(ranking: Ranking) -> dict[str, Any]:
+    """In Dice from 0 to 1, against the best of the run."""
+    told = ranking.expectation
+    assert told is not None
+    columns = zip(told.expected_loss, told.low, told.high, told.probability_within, strict=True)
+    return {
+        "state": ranking.rule.state,
+        "price_dice_points": ranking.rule.price,
+        "scores_used": list(told.used),
+        "warnings": list(told.warnings),
+        "fell_back_to_last": told.fell_back,
+        "checkpoints": [
+            {
+                "label": checkpoint.label,
+                "expected_loss": _number(loss),
+                "low": _number(low),
+                "high": _number(high),
+                "probability_within_half_a_point": _number(within),
+            }
+            for checkpoint, (loss, low, high, within) in zip(ranking.checkpoints, columns, strict=True)
+        ],
+        "chooser_sha256": sha256(SHIPPED),
     }
 
 

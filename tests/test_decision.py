@@ -52,13 +52,24 @@ def test_rules_by_epoch_need_epochs() -> None:
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("worst", "best, non-inferior, last"),
+        ("worst", "best, expected-loss, non-inferior, last"),
         ("best:margin=1", "no parameter 'margin'"),
         ("non-inferior:margin=much", "no number"),
         ("non-inferior:probability=1.5", "below 1"),
         ("non-inferior:risk=0.1", "no parameter 'risk'"),
+        ("non-inferior:price=1", "It has margin, probability"),
+        ("expected-loss:price=-1", "at least 0"),
+        ("expected-loss:price=inf", "at least 0"),
+        ("expected-loss:state=half", "free or frozen"),
     ],
 )
 def test_what_a_user_mistypes_is_named(text: str, named: str) -> None:
     with pytest.raises(UserError, match=named):
         parse_rule(text)
+
+
+def test_expected_loss_with_its_price_and_state() -> None:
+    rule = parse_rule("expected-loss:price=0.5,state=frozen")
+    assert (rule.price, rule.state) == (0.5, "frozen")
+    assert "frozen" in rule.text
+    assert "0.5 Dice points" in rule.text

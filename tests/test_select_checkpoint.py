@@ -20,6 +20,7 @@ from conftest import DEMO_RUN, REAL_DATA, needs_real_data, phantom, write_image
 from mtl_nnunet.bootstrap import bootstrap_draws
 from mtl_nnunet.cases import find_nnunet_dataset
 from mtl_nnunet.checkpoints import find_checkpoints, read_contents
+from mtl_nnunet.chooser import choose_by_expected_loss, read_chooser
 from mtl_nnunet.cli.select_checkpoint import main
 from mtl_nnunet.ranking import rank_checkpoints
 from mtl_nnunet.scores import parse_score
@@ -120,6 +121,50 @@ def test_published_score_with_parameters(dataset: Path) -> None:
     content = json.loads((selection_folder() / "selection.json").read_text())
     assert content["score"]["parameters"] == {"level": 5, "pooled": True, "distance": "l2", "margin": 0.5}
     assert content["choice"] == min(content["checkpoints"], key=lambda c: c["value"])
+
+
+@pytest.mark.parametrize("asked", [(), ("-score", "robustness", "infonce")])
+def test_expected_loss_weighs_the_scores_it_was_fitted_with(
+    dataset: Path, capsys: pytest.CaptureFixture[str], asked: tuple[str, ...]
+) -> None:
+    assert run(*asked, "-rule", "expected-loss:price=3") == 0
+    printed = capsys.readouterr()
+    content = json.loads((selection_folder() / "selection.json").read_text())
+    rows = list(csv.DictReader((selection_folder() / "ranking.csv").open(newline="")))
+    robust = [r for r in rows if r["name"] == "robustness" and r["epoch"]]
+    # lower is better there, and the chooser takes what is higher
+    values = {f"robustness:{robust[0]['parameters']}": [-float(r["score"]) for r in robust]}
+    epochs = [int(r["epoch"]) for r in robust]
+    by_hand = choose_by_expected_loss(read_chooser(), epochs, values, price=3, encoder="test_resnet")
+    assert by_hand.used
+    told = content["expected_loss"]
+    assert content["choice"]["epoch"] == epochs[by_hand.index]
+    assert [c["expected_loss"] for c in told["checkpoints"]] == pytest.approx(list(by_hand.expected_loss))
+    assert told["warnings"] == list(by_hand.warnings)
+    assert by_hand.text in printed.out
+    assert all(f"warning: Expected loss: {text}" in printed.err for text in by_hand.warnings)
+    # only the ranking that chose says what is lost
+    assert [bool(r["expected_loss"]) for r in rows] == [r["name"] == rows[0]["name"] and bool(r["epoch"]) for r in rows]
+    assert len([r for r in rows if r["chosen"] == "True" and r["name"] == rows[0]["name"]]) == 1
+
+
+def test_the_other_rules_say_nothing_of_losses(dataset: Path) -> None:
+    assert run("-rule", "last") == 0
+    assert json.loads((selection_folder() / "selection.json").read_text())["expected_loss"] is None
+
+
+def test_views_of_another_kind_are_not_what_the_chooser_knows(dataset: Path) -> None:
+    assert run("-score", "robustness", "-views", "scanner", "-rule", "expected-loss") == 0
+    content = json.loads((selection_folder() / "selection.json").read_text())
+    own = content["other_scores"][0]
+    assert own["score"]["views"] == "paper"
+    values = [-c["value"] for c in own["checkpoints"]]
+    epochs = [c["epoch"] for c in content["checkpoints"]]
+    name = "robustness:level=-2,pooled=yes,distance=cosine,margin=0.5"
+    by_hand = choose_by_expected_loss(read_chooser(), epochs, {name: values})
+    assert [c["expected_loss"] for c in content["expected_loss"]["checkpoints"]] == pytest.approx(
+        list(by_hand.expected_loss)
+    )
 
 
 def test_images_without_nnunet(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

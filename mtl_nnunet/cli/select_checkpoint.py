@@ -43,7 +43,8 @@ def build_parser() -> argparse.ArgumentParser:
         "-rule",
         default="best",
         metavar="RULE",
-        help="best (default), last, or non-inferior[:margin=0.05,probability=0.95]: the earliest that loses at most that share "
+        help="best (default), last, expected-loss[:price=0,state=free]: least expected Dice loss plus what a whole pretraining is "
+        "worth in Dice points, encoder free or frozen; or non-inferior[:margin=0.05,probability=0.95]: the earliest that loses at most that share "
         "of the gain over random weights, else the last",
     )
     parser.add_argument("-labels", action="store_true", help="use the labels of the training cases")

@@ -105,6 +105,11 @@ class Score:
         return self.views, self.strength
 
     @property
+    def has_default_views(self) -> bool:
+        """Whether it sees the views that are its own, which ``text`` does not say."""
+        return self.view_key == SCORES[self.name].view_key
+
+    @property
     def text(self) -> str:
         """What a user types to get this very score."""
         words = {k: ("yes" if v else "no") if isinstance(v, bool) else v for k, v in self.parameters.items()}
