@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 SHOWN_SCORES = 10
 SHOWN_FIXED = 4
 FEW_CLUSTERS = 10
-MOST_PANELS = 36
+MOST_PANELS = 72
 NAMES = {
     "free": "encoder free",
     "frozen": "encoder frozen",
