@@ -180,7 +180,8 @@ def judge(curve: Curve, paired: bool = True) -> Judged:
     blocks = [curve.dice, *(curve.averages[k][None] for k in sorted(curve.averages))]
     options = {average_name(k): num_checkpoints + i for i, k in enumerate(sorted(curve.averages))}
     dice = np.concatenate(blocks)
-    picking, judging = split_seeds(dice, paired)
+    # seeds of averages alone have no say in a pick
+    picking, judging = split_seeds(dice[:, ~np.isnan(curve.dice).all(0)], paired)
     if curve.scratch.size:
         options[FROM_SCRATCH] = len(dice)
         dice = np.pad(dice, ((0, 1), (0, len(curve.scratch))), constant_values=np.nan)
