@@ -157,9 +157,12 @@ def _curve(key: Sequence[str], rows: pd.DataFrame, rest: pd.DataFrame, path: Pat
             f"{path}: curve {name} has several accuracies at epoch {contradicting.index[0]}. Column 'accuracy' is that of "
             "the checkpoint: it must be the same for all seeds."
         )
+    averaged = rest[rest["epoch"] != SCRATCH]
+    # an average may have been trained with seeds that no checkpoint was
+    dice = dice.reindex(columns=sorted({*dice.columns, *averaged["seed"]}))
     averages = {
         int(epoch.removeprefix(AVERAGE)): of_epoch.set_index("seed")["dice"].reindex(dice.columns).to_numpy()
-        for epoch, of_epoch in rest[rest["epoch"] != SCRATCH].groupby("epoch")
+        for epoch, of_epoch in averaged.groupby("epoch")
     }
     dataset, encoder, scheme, run, state = key
     return Curve(
@@ -210,7 +213,7 @@ def _read_downstream(path: Path) -> pd.DataFrame:
     table = _with_columns(table, path, [*CURVE, "epoch", "seed", "dice"], {"accuracy": ""})
     _refuse_empty(table, path, ["dataset", "encoder", "state", "seed"])
     _refuse(table, path, "state", ~table["state"].isin(STATES), "free or frozen")
-    average = table["epoch"].str.fullmatch(AVERAGE + r"[1-9]\d*")
+    average = table["epoch"].str.fullmatch(AVERAGE + r"[1-9]\d{0,8}")
     table["epoch"] = _epochs(table["epoch"], path, average | (table["epoch"] == SCRATCH), f"{SCRATCH} or {AVERAGE}3")
     _refuse_empty(table[table["epoch"] != SCRATCH], path, ["scheme", "run"])
     table["dice"] = _numbers(table, path, "dice", "a number from 0 to 1; leave out the row of a training that failed")
@@ -266,15 +269,29 @@ def _read(path: Path) -> pd.DataFrame:
         with warnings.catch_warnings():
             # a row with more cells than columns would be cut short with no more than a warning
             warnings.simplefilter("error", pd.errors.ParserWarning)
-            table = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False, encoding="utf-8-sig")
+            # without a header, since pandas would rename a column that stands there twice
+            table = pd.read_csv(
+                path,
+                header=None,
+                dtype=str,
+                keep_default_na=False,
+                index_col=False,
+                encoding="utf-8-sig",
+                skip_blank_lines=False,
+            )
     except OSError as error:
         raise UserError(f"could not read {path}: {error.strerror or error}. Pass a CSV file.") from error
     except (UnicodeDecodeError, ValueError, pd.errors.ParserWarning) as error:
         raise UserError(f"{path} is no CSV table: {error}. Pass a file with a line of column names first.") from error
+    table = table.fillna("").apply(lambda column: column.str.strip())
+    names, table = table.iloc[0], table.iloc[1:].reset_index(drop=True)
+    if (twice := names.duplicated()).any():
+        raise UserError(f"{path} has the column '{names[twice].iloc[0]}' twice. Leave one out.")
+    # the index keeps counting lines
+    table = table.set_axis(list(names), axis=1)[(table != "").any(axis=1)]
     if table.empty:
         raise UserError(f"{path} has no rows. Pass a table with at least two epochs of one curve.")
-    table = table.fillna("")
-    return table.apply(lambda column: column.str.strip()).rename(columns=str.strip)
+    return table
 
 
 def _with_columns(table: pd.DataFrame, path: Path, needed: list[str], defaults: Mapping[str, str]) -> pd.DataFrame:
@@ -288,7 +305,7 @@ def _with_columns(table: pd.DataFrame, path: Path, needed: list[str], defaults: 
 
 
 def _epochs(column: pd.Series[str], path: Path, is_word: pd.Series[bool], words: str) -> pd.Series[str]:
-    number = column.str.fullmatch(r"\d+(\.0*)?")
+    number = column.str.fullmatch(r"\d{1,9}(\.0*)?")
     _refuse(column.to_frame("epoch"), path, "epoch", ~(number | is_word), f"a whole number, {words}")
     # so that 5, 05 and 5.0 are one epoch
     return column.where(~number, column.where(number, "0").astype(float).astype(int).astype(str))

@@ -12,6 +12,7 @@ import numpy as np
 from scipy import optimize, stats
 
 from mtl_nnunet.curves import CURVE, STATES, Curve
+from mtl_nnunet.errors import UserError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -179,7 +180,8 @@ def judge(curve: Curve, paired: bool = True) -> Judged:
     blocks = [curve.dice, *(curve.averages[k][None] for k in sorted(curve.averages))]
     options = {average_name(k): num_checkpoints + i for i, k in enumerate(sorted(curve.averages))}
     dice = np.concatenate(blocks)
-    picking, judging = split_seeds(dice, paired)
+    # seeds of averages alone have no say in a pick
+    picking, judging = split_seeds(dice[:, ~np.isnan(curve.dice).all(0)], paired)
     if curve.scratch.size:
         options[FROM_SCRATCH] = len(dice)
         dice = np.pad(dice, ((0, 1), (0, len(curve.scratch))), constant_values=np.nan)
@@ -295,15 +297,18 @@ def split_regret(judged: Judged, shares: np.ndarray) -> float:
     return float(np.nanmean(gains)) if not np.isnan(gains).all() else float("nan")
 
 
-def noise_floor(dice: np.ndarray, draws: int = NOISE_DRAWS, seed: int = 0) -> float:
+def noise_floor(dice: np.ndarray, paired: bool = True, draws: int = NOISE_DRAWS, seed: int = 0) -> float:
     """Regret that luck alone gives the truly best epoch.
 
-        E[max_k(m_k + e_k) - (m_best + e_best)],  e_k ~ N(0, var_s(dice_ks) / S_k),  best = argmax_k m_k
+        E[max_k(m_k + e_k) - (m_best + e_best)],  best = argmax_k m_k
+        e ~ N(0, cov_s(dice) / S') over the S' >= 2 seeds that all epochs have
+        else: e_k ~ N(0, var_s(dice_ks) / S_k), independent
 
-    The measured means stand for the true ones.
+    The measured means stand for the true ones. What a seed does to all epochs alike changes none of their differences.
 
     Args:
         dice: Shape (K, S); NaN where a seed is missing.
+        paired: Whether to use that seeds are shared; otherwise always the second form.
         draws: Number of draws.
         seed: Of the draws.
 
@@ -317,9 +322,16 @@ def noise_floor(dice: np.ndarray, draws: int = NOISE_DRAWS, seed: int = 0) -> fl
     counts = (~np.isnan(dice)).sum(1)
     if (counts < 2).any():
         return float("nan")
-    errors = np.sqrt(np.nanvar(dice, axis=1, ddof=1) / counts)
     means = _mean(dice)
-    measured = means + errors * np.random.default_rng(seed).normal(size=(draws, len(means)))
+    rng = np.random.default_rng(seed)
+    shared = dice[:, ~np.isnan(dice).any(0)]
+    if paired and (num_shared := shared.shape[1]) >= 2:
+        # normal mixtures of the residuals have their covariance
+        residuals = (shared - shared.mean(1, keepdims=True)) / np.sqrt(num_shared * (num_shared - 1))
+        errors = rng.normal(size=(draws, num_shared)) @ residuals.T
+    else:
+        errors = np.sqrt(np.nanvar(dice, axis=1, ddof=1) / counts) * rng.normal(size=(draws, len(means)))
+    measured = means + errors
     return float((measured.max(1) - measured[:, argbest(means)]).mean())
 
 
@@ -413,6 +425,9 @@ def evaluate(
         seed: Of everything random.
         rules: More rules by name: a curve to the share of each of its checkpoints, shape (K,), summing to 1, or None. They must
             not look at the Dice of the curve that they choose on.
+
+    Raises:
+        UserError: A score or rule with the name of a baseline.
     """
     import pandas as pd
 
@@ -422,6 +437,10 @@ def evaluate(
     regrets = _regrets(scores, board)
     more = [_by_rule(name, rule, board) for name, rule in (rules or {}).items()]
     choosers = [*scores, *more, *_baselines(board), *_chosen(scores, regrets, board)]
+    names = [*(c.name for c in choosers), BEST_SCORE, HALF_SEEDS, *HELD_OUT.values()]
+    for c in [*scores, *more]:
+        if names.count(c.name) > 1:
+            raise UserError(f"score '{c.name}' has the name of another rule of the evaluation. Rename it in the table.")
     table = pd.DataFrame(
         [row for chooser in choosers for row in _rows(chooser, board, _fixed_at_same_budget(chooser, board))]
     )

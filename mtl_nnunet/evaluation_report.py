@@ -83,6 +83,14 @@ def shown_scores(group: pd.DataFrame, always: Sequence[str] = ()) -> list[str]:
 
 def write_figure(evaluation: Evaluation, curves: Sequence[Curve], path: Path, always: Sequence[str] = ()) -> None:
     """Regret against budget, a panel a state, and below it the Dice along every pretraining run."""
+    import matplotlib
+
+    # a name may hold a dollar
+    with matplotlib.rc_context({"text.parse_math": False}):
+        _write_figure(evaluation, curves, path, always)
+
+
+def _write_figure(evaluation: Evaluation, curves: Sequence[Curve], path: Path, always: Sequence[str]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -219,9 +227,10 @@ def _draw_regret(
             )
     # the earliest epochs are far off: what matters lies near the best rules
     shown = group[~group.index.str.startswith(FIXED) & (group.index != FROM_SCRATCH)]["regret"]
+    highest = max(shown.max(), 0.001)
     axes.set(
         xlim=(-0.02, 1.02),
-        ylim=(-0.04 * 100 * shown.max(), 115 * shown.max()),
+        ylim=(-4 * highest, 115 * highest),
         xlabel="mean budget (epoch / last epoch)",
         ylabel="mean regret (Dice points)",
         title=f"{NAMES[state]}: {len(curves)} curves",

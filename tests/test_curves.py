@@ -90,6 +90,8 @@ def test_accuracy_and_direction_may_be_left_out(tmp_path: Path) -> None:
         (["heart,resnet18,plain,r1,thawed,2,5,0.5,"], "expected free or frozen"),
         (["heart,resnet18,plain,r1,free,two,5,0.5,"], "a whole number, scratch or average-3"),
         (["heart,resnet18,plain,r1,free,-2,5,0.5,"], "epoch is '-2'"),
+        ([f"heart,resnet18,plain,r1,free,{'9' * 400},5,0.5,"], "epoch is '999"),
+        (["", "heart,resnet18,plain,r1,free,2,5,high,"], "line 9: dice is 'high'"),
         (["heart,resnet18,plain,r1,free,average-0,5,0.5,"], "epoch is 'average-0'"),
         (["heart,resnet18,,r1,free,2,5,0.5,"], "scheme is ''; expected a name"),
         ([",resnet18,plain,r1,free,2,5,0.5,"], "dataset is ''"),
@@ -129,6 +131,18 @@ def test_scores_of_other_curves_are_refused(tmp_path: Path) -> None:
 def test_a_missing_column_is_named(tmp_path: Path, column: str) -> None:
     with pytest.raises(UserError, match=f"lacks the column {column}"):
         read_curves(downstream(tmp_path, header=HEADER.replace(column, "other")))
+
+
+@pytest.mark.parametrize("name", ["dice", " dice"])
+def test_a_column_twice_is_named(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match="has the column 'dice' twice"):
+        read_curves(downstream(tmp_path, header=HEADER.replace("accuracy", name)))
+
+
+def test_blank_lines_and_a_byte_order_mark_do_not_matter(tmp_path: Path) -> None:
+    (expected,) = read_curves(downstream(tmp_path))
+    (curve,) = read_curves(downstream(tmp_path, ["", *ROWS, "", ",,,,,,,,"], "\ufeff" + HEADER))
+    assert_equal(curve, expected)
 
 
 def test_files_that_are_no_tables(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ import pytest
 from scipy import stats
 
 from mtl_nnunet.cli.main import main
-from mtl_nnunet.curves import Curve
+from mtl_nnunet.curves import Curve, read_curves
+from mtl_nnunet.errors import UserError
 from mtl_nnunet.evaluation import (
     agreement,
     argbest,
@@ -29,6 +30,7 @@ from mtl_nnunet.evaluation import (
     split_seeds,
     two_way_weights,
 )
+from mtl_nnunet.evaluation_report import write_figure
 
 EPOCHS = np.array([10, 20, 40])
 DICE = np.array([[0.50, 0.52, 0.51], [0.60, 0.61, 0.65], [0.58, 0.62, 0.57]])
@@ -224,8 +226,30 @@ def test_noise_floor_of_equal_epochs_is_the_expected_maximum() -> None:
     # three equal means with standard error s: the expected maximum of three normals is 0.8463 s
     spread = np.array([-1.0, 0.0, 1.0])
     dice = 0.5 + 0.01 * np.stack([spread, spread, spread])
-    assert noise_floor(dice, draws=200_000) == pytest.approx(0.8463 * 0.01 / np.sqrt(3), rel=0.02)
+    assert noise_floor(dice, paired=False, draws=200_000) == pytest.approx(0.8463 * 0.01 / np.sqrt(3), rel=0.02)
+    assert noise_floor(dice) == pytest.approx(0, abs=1e-12), "the seeds move all epochs alike"
     assert np.isnan(noise_floor(dice[:, :1]))
+
+
+def test_noise_floor_is_that_of_the_covariance_of_the_epochs() -> None:
+    dice = np.random.default_rng(0).random((4, 5))
+    means = dice.mean(1)
+    drawn = np.random.default_rng(1).multivariate_normal(means, np.cov(dice) / 5, 200_000)
+    expected = (drawn.max(1) - drawn[:, means.argmax()]).mean()
+    assert noise_floor(dice, draws=200_000) == pytest.approx(expected, rel=0.03)
+
+
+def test_an_average_of_other_seeds_leaves_the_other_rules_as_they_are(tmp_path: Path) -> None:
+    lines = [f"heart,r,s,1,free,{e},{s},{0.4 + 0.1 * e + 0.01 * s}" for e in (1, 2) for s in range(3)]
+    table = tmp_path / "downstream.csv"
+    header = "dataset,encoder,scheme,run,state,epoch,seed,dice"
+    table.write_text("\n".join([header, *lines]))
+    expected = evaluate(read_curves(table), draws=20).curves.set_index("rule")
+    table.write_text("\n".join([header, *lines, "heart,r,s,1,free,average-2,7,0.5"]))
+    rules = evaluate(read_curves(table), draws=20).curves.set_index("rule")
+    pd.testing.assert_frame_equal(rules.drop("average of the last 2")[list(expected)], expected)
+    assert rules.loc["last epoch", "minus_average_2"] == pytest.approx(0.61 - 0.5)
+    assert rules.loc["average of the last 2", "dice"] == 0.5
 
 
 def test_fixed_epoch_of_the_same_budget() -> None:
@@ -328,6 +352,25 @@ def test_the_least_that_can_be_evaluated(tmp_path: Path, capsys: pytest.CaptureF
     assert " ".join(last.split()) == "last epoch 1 10.00 [-, -] - 10.00 2 1.00 -1.00 +0.00 0/1/0 +0.00 0/1/0"
     summary = json.loads((tmp_path / "out" / "evaluation.json").read_text())["summary"]
     assert summary[0]["regret_low"] is None
+
+
+def test_a_score_may_not_be_called_like_a_baseline() -> None:
+    for name in ("last epoch", "score chosen on other targets"):
+        with pytest.raises(UserError, match="the name of another rule"):
+            evaluate([curve(scores={name: np.arange(3.0)})], draws=5)
+
+
+def test_a_folder_that_holds_the_tables_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = tables(tmp_path, many())
+    assert main([*command, "-o", str(tmp_path), "--overwrite"]) == 1
+    assert "would be replaced" in capsys.readouterr().err
+    assert (tmp_path / "downstream.csv").is_file()
+
+
+def test_odd_names_and_equal_dice_are_drawn(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    odd = curve(np.full((3, 2), 0.5), {r"$\foo$": np.arange(3.0)}, dataset=r"$\bar$")
+    write_figure(evaluate([odd], draws=5), [odd], tmp_path / "figure.png")
+    assert not [str(w.message) for w in recwarn if "ylims" in str(w.message)]
 
 
 @pytest.mark.parametrize(

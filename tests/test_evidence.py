@@ -111,6 +111,39 @@ def test_averaged_weights_lie_in_the_middle(demo_run: Path) -> None:
     assert all(torch.equal(alone[name], first[name]) for name in first)
 
 
+def test_a_table_cut_off_by_a_kill_goes_on_without_its_last_checkpoint(tmp_path: Path) -> None:
+    table, columns, key = tmp_path / "scores.csv", ("run", "epoch", "score", "value"), ("run", "epoch")
+    whole = ["run,epoch,score,value", 'a,1,"x:y=1,z=2",0.5', "a,1,v,0.25"]
+    file, done = downstream.opened(table, columns, key)
+    assert done == set()
+    file.write("\n".join([*whole[1:], "a,2,w,0.1", "a,2,x,0."]))
+    with pytest.raises(SystemExit, match="another process is writing"):
+        downstream.opened(table, columns, key)
+    file.close()
+    file, done = downstream.opened(table, columns, key)
+    assert done == {("a", "1")}
+    assert table.read_text().splitlines() == whole
+    file.write("a,2,w,0.1\n")
+    file.close()
+    assert downstream.opened(table, columns, key)[1] == {("a", "1"), ("a", "2")}
+    assert table.read_text().splitlines() == [*whole, "a,2,w,0.1"]
+
+
+def test_what_is_not_finite_is_no_score(
+    target: targets.Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken:
+        higher_is_better = True
+
+        def statistic(self, features: Any) -> Any:
+            return lambda draws: np.full(len(draws), np.inf), {1: 0.5, 2: float("nan")}
+
+    monkeypatch.setattr(score, "scores_to_try", lambda: [("broken", Broken())])
+    monkeypatch.setattr(score, "target_seen", lambda *_: type("Seen", (), {"input_channels": 1}))
+    monkeypatch.setattr(score, "embed", lambda *_: type("Features", (), {"patients": np.arange(3)}))
+    assert score.values_of(tmp_path, "test_resnet", None, None, 0, "cpu") == [("broken:level=-2", 0.5, True)]
+
+
 @pytest.mark.parametrize("scheme", pretrain.SCHEMES)
 def test_pretraining_keeps_what_it_says(
     tar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str

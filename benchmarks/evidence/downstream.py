@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import argparse
 import csv
+import fcntl
+import io
 import subprocess
 import time
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -85,10 +88,7 @@ def main() -> None:
     parser.add_argument("-lr", type=float, default=RATE)
     args = parser.parse_args()
     files = {name: prepared(name, args.raw, args.work) for name in args.d}
-    if not args.o.is_file():
-        args.o.write_text(",".join(COLUMNS) + "\n")
-    with args.o.open(newline="") as file:
-        done = {tuple(row[c] for c in COLUMNS[:7]) for row in csv.DictReader(file)}
+    file, done = opened(args.o, COLUMNS, COLUMNS[:7])
     jobs = [j for j in jobs_of(args) if j.key not in done]
     print(f"{len(done)} trainings are in {args.o}, {len(jobs)} to go", flush=True)
     version = made_with()
@@ -96,13 +96,38 @@ def main() -> None:
     results = Parallel(n_jobs=args.num_proc, batch_size=1, return_as="generator")(
         delayed(train_and_test)(job, files[job.dataset], args.iterations, args.lr, args.device) for job in jobs
     )
-    with args.o.open("a", newline="") as file:
+    with file:
         writer = csv.writer(file, lineterminator="\n")
         for i, (job, (dice, pooled, seconds)) in enumerate(zip(jobs, results, strict=True), start=1):
             writer.writerow([*job.key, f"{dice:.5f}", job.accuracy, f"{pooled:.5f}", f"{seconds:.2f}", version])
             file.flush()
             if i % 100 == 0:
                 print(f"{i} of {len(jobs)}, {time.monotonic() - started:.0f} s", flush=True)
+
+
+def opened(path: Path, columns: tuple[str, ...], key: tuple[str, ...]) -> tuple[TextIO, set[tuple[str, ...]]]:
+    """A table to append to, for this process alone, and the keys of what it holds.
+
+    Where a kill cut the last line off, all rows of the last key are taken out: there may be fewer than there should be.
+    """
+    file = path.open("a+", newline="")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SystemExit(f"another process is writing {path}: wait for it, or pass -o another table") from None
+    file.seek(0)
+    text = file.read()
+    whole = text[: text.rfind("\n") + 1] or ",".join(columns) + "\n"
+    reader = csv.DictReader(io.StringIO(whole))
+    rows = [(tuple(row[c] for c in key), row) for row in reader]
+    if whole != text:
+        rows = [row for row in rows if row[0] != rows[-1][0]]
+        file.truncate(0)
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(row for _, row in rows)
+        file.flush()
+    return file, {k for k, _ in rows}
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import time
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from downstream import add_common_options, made_with, scheme_of, target_of
+from downstream import add_common_options, made_with, opened, scheme_of, target_of
 from joblib import Parallel, delayed
 from targets import Target, prepared
 
@@ -63,11 +64,8 @@ def main() -> None:
     parser.add_argument("-draw", type=int, default=0, help="which random draw of that many cases")
     args = parser.parse_args()
     files = {name: prepared(name, args.raw, args.work) for name in args.d}
-    if not args.o.is_file():
-        args.o.write_text(",".join(COLUMNS) + "\n")
     cases = "all" if args.num_cases is None else str(args.num_cases)
-    with args.o.open(newline="") as file:
-        done = {(r["dataset"], r["run"], r["epoch"], r["num_cases"], r["draw"]) for r in csv.DictReader(file)}
+    file, done = opened(args.o, COLUMNS, ("dataset", "run", "epoch", "num_cases", "draw"))
     jobs = [
         (dataset, folder, checkpoint)
         for folder in args.runs
@@ -82,12 +80,15 @@ def main() -> None:
     results = Parallel(n_jobs=args.num_proc, batch_size=1, return_as="generator")(
         delayed(values_of)(files[d], architecture_of(f), c, args.num_cases, args.draw, args.device) for d, f, c in jobs
     )
-    with args.o.open("a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
+    with file:
         for i, ((dataset, folder, checkpoint), values) in enumerate(zip(jobs, results, strict=True), start=1):
             epoch = RANDOM if checkpoint is None else checkpoint.epoch
             known = (dataset, architecture_of(folder), scheme_of(folder), folder.name, epoch)
+            block = io.StringIO()
+            writer = csv.writer(block, lineterminator="\n")
             writer.writerows([*known, name, f"{v:.6g}", int(up), cases, args.draw, version] for name, v, up in values)
+            # all at once, so that a kill leaves all rows of a checkpoint, or none, or a line cut off
+            file.write(block.getvalue())
             file.flush()
             if i % 20 == 0:
                 print(f"{i} of {len(jobs)}, {time.monotonic() - started:.0f} s", flush=True)
@@ -136,7 +137,8 @@ def values_of(
         values += [
             (f"{start}{level - max(by_level) - 1}", value, score.higher_is_better) for level, value in by_level.items()
         ]
-    return values
+    # what is not finite is no score, as in a ranking
+    return [value for value in values if np.isfinite(value[1])]
 
 
 @cache

@@ -55,6 +55,9 @@ def evaluate_scores(args: argparse.Namespace) -> None:
         raise UserError(f"-draws {args.draws} -seed {args.seed}: expected at least one draw and a seed of at least 0.")
     if Path(args.o).exists() and not args.overwrite:
         raise UserError(f"{args.o} exists already. Pass --overwrite to replace it, or -o another folder.")
+    inside = [p for p in (args.downstream, args.scores) if p and Path(args.o).resolve() in Path(p).resolve().parents]
+    if inside:
+        raise UserError(f"-o {args.o} holds {inside[0]}, which would be replaced with it. Pass -o another folder.")
     curves = dropped(read_curves(args.downstream, args.scores), args.drop)
     known = sorted({name for curve in curves for name in curve.scores})
     unknown = [name for name in args.score if name not in known]
