@@ -256,7 +256,7 @@ def _draw_curves(axes: Axes, group: Sequence[Curve]) -> None:
         )
         if curve.scratch.size:
             axes.axhline(curve.scratch.mean(), color=color, lw=0.7, ls="--")
-    axes.set_title(
-        "\n".join([group[0].dataset, " ".join((group[0].encoder, group[0].scheme, group[0].run))]), fontsize=7
-    )
+    # a run's name often says the others already
+    parts = [p for p in (group[0].encoder, group[0].scheme) if p not in group[0].run]
+    axes.set_title("\n".join([group[0].dataset, " ".join([*parts, group[0].run])]), fontsize=7)
     axes.tick_params(labelsize=6)

@@ -202,7 +202,9 @@ def train_and_test(job: Job, file: Path, iterations: int, lr: float, device: str
     network = network.to(device, memory_format=torch.channels_last)
     frozen = job.state == "frozen"
     network.encoder.frozen = frozen
-    how = recipe({"lr": lr, **({"frozen_epochs": "all"} if frozen else {})})
+    # pretrained layers learn the slower the shallower they are; random ones have nothing to keep
+    decay = {} if job.checkpoints else {"layer_decay": 1}
+    how = recipe({"lr": lr, **decay, **({"frozen_epochs": "all"} if frozen else {})})
     train(network, target, training_slices(target, job.seed), how, iterations, job.seed, device)
     return *test(network, target, device), time.monotonic() - started
 
