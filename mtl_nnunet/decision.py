@@ -60,8 +60,8 @@ def parse_rule(text: str) -> Rule:
         UserError: Unknown rule, parameter or value.
 
     Example:
-        >>> parse_rule("non-inferior:margin=0.1")
-        Rule(name='non-inferior', margin=0.1, probability=0.95)
+        >>> parse_rule("non-inferior:margin=0.1").text
+        'earliest that loses at most 0.1 of the gain over random weights with probability 0.95, else last'
     """
     name, _, rest = text.partition(":")
     if name not in RULES:
