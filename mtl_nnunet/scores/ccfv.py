@@ -78,12 +78,17 @@ def consistency_pairs(features: Tensor, labels: np.ndarray, patients: np.ndarray
 
 def energy_pairs(features: Tensor, patients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Sums of inverse distances between features of different patients, and their number, both (P, P)."""
-    # about their mean, so that the subtraction loses nothing
+    # about their mean, so that the subtraction loses nothing; and then the mean squared distance is twice the mean square
     x = features.double() - features.double().mean(0)
     squares = x.square().sum(1)
-    distances = (squares[:, None] + squares[None, :] - 2 * x @ x.T).clamp_min(0)
+    least = EPSILON * 2 * squares.mean()
     membership = one_hot(torch.as_tensor(patients), int(patients.max()) + 1).double()
-    sums = membership.T @ (distances + EPSILON * distances.mean()).rsqrt() @ membership
+    sums = torch.zeros(membership.shape[1], membership.shape[1], dtype=torch.float64)
+    # a patient at a time, so that the distances stay in the processor's cache
+    for patient in range(len(sums)):
+        mine = torch.as_tensor(patients == patient)
+        distances = torch.addmm(squares[mine, None] + squares, x[mine], x.T, alpha=-2)
+        sums[patient] = distances.clamp_min_(0).add_(least).rsqrt_().sum(0) @ membership
     counts = membership.sum(0)[:, None] * membership.sum(0)
     sums.fill_diagonal_(0)
     counts.fill_diagonal_(0)
