@@ -157,7 +157,7 @@ def choose_by_expected_loss(
     epochs. A run that is very unlike the fitted ones gets its last checkpoint, and a warning that says why.
 
     Args:
-        chooser: From ``read_chooser``, or ``mtl_nnunet.chooser_fit.fit``.
+        chooser: From ``read_chooser``, or ``mtl_nnunet.chooser_fit.fit_state``.
         epochs: Of each checkpoint, in any order, shape (K,).
         scores: By name as typed for ``-score``, the value at each checkpoint, HIGHER IS BETTER, shape (K,).
         state: ``free`` or ``frozen``.

@@ -27,7 +27,7 @@ from mtl_nnunet.chooser import (
 )
 from mtl_nnunet.curves import Curve
 from mtl_nnunet.errors import UserError
-from mtl_nnunet.evaluation import fixed_shares, same_budget
+from mtl_nnunet.evaluation import fixed_line, same_budget
 
 FEWEST_CURVES = 6
 # weakly informative, log-normal: amplitude, two lengths, single deviation, size of a score's coefficient
@@ -270,8 +270,8 @@ def verdict(held: Sequence[HeldOut]) -> Verdict:
 
 
 def _fixed_regret(curves: Sequence[Curve], budget: float) -> float:
-    fraction = same_budget(curves, budget)
-    return float(np.mean([(c.mean_dice.max() - c.mean_dice) @ fixed_shares(c, fraction) for c in curves]))
+    _, regrets = fixed_line(curves, [same_budget(curves, budget)])
+    return float(regrets[0])
 
 
 def _groups(curves: Sequence[Curve], by: str) -> int:

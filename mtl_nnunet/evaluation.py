@@ -78,6 +78,15 @@ class Judged:
         shares: np.ndarray = np.eye(len(self.means))[index]
         return shares
 
+    def mix(self, checkpoints: np.ndarray) -> np.ndarray:
+        """Shares of the checkpoints, shape (K,), as shares of all options, shape (R,)."""
+        return np.pad(checkpoints, (0, len(self.means) - len(checkpoints)))
+
+    @property
+    def any_checkpoint(self) -> np.ndarray:
+        """Each checkpoint with the same share, shape (R,)."""
+        return self.mix(np.full(self.num_checkpoints, 1 / self.num_checkpoints))
+
 
 @dataclass(frozen=True, eq=False)
 class Chooser:
@@ -487,10 +496,6 @@ def _key(curve: Curve) -> tuple[str, ...]:
     return tuple(getattr(curve, name) for name in CURVE)
 
 
-def _run(curve: Curve) -> tuple[str, str, str]:
-    return curve.encoder, curve.scheme, curve.run
-
-
 def _by_score(name: str, board: Sequence[Judged]) -> Chooser:
     values = [j.curve.scores.get(name) for j in board]
     exists = [v is not None and not np.isnan(v).all() for v in values]
@@ -504,8 +509,7 @@ def _by_score(name: str, board: Sequence[Judged]) -> Chooser:
 
 def _by_rule(name: str, rule: Callable[[Curve], np.ndarray | None], board: Sequence[Judged]) -> Chooser:
     shares = [rule(j.curve) for j in board]
-    padded = [None if s is None else np.pad(s, (0, len(j.means) - len(s))) for s, j in zip(shares, board, strict=True)]
-    return Chooser(name, "rule", padded)
+    return Chooser(name, "rule", [None if s is None else j.mix(s) for s, j in zip(shares, board, strict=True)])
 
 
 def _baselines(board: Sequence[Judged]) -> list[Chooser]:
@@ -518,14 +522,11 @@ def _baselines(board: Sequence[Judged]) -> list[Chooser]:
             name, "hindsight" if name in (BEST, WITHIN_ERROR, WITHIN_HALF_POINT) else "baseline", taken, orders
         )
 
-    def padded(j: Judged, shares: np.ndarray) -> np.ndarray:
-        return np.pad(shares, (0, len(j.means) - len(shares)))
-
     def option(name: str) -> Callable[[Judged], np.ndarray | None]:
         return lambda j: j.take(j.options[name]) if name in j.options else None
 
     def fixed(fraction: float) -> Callable[[Judged], np.ndarray]:
-        return lambda j: padded(j, fixed_shares(j.curve, fraction))
+        return lambda j: j.mix(fixed_shares(j.curve, fraction))
 
     def by_accuracy(j: Judged) -> np.ndarray | None:
         return None if np.isnan(j.curve.accuracy).all() else j.take(argbest(j.curve.accuracy))
@@ -534,7 +535,7 @@ def _baselines(board: Sequence[Judged]) -> list[Chooser]:
     return [
         chooser(LAST, lambda j: j.take(j.num_checkpoints - 1), lambda j: j.curve.epochs.astype(float)),
         *(chooser(name, fixed(fraction)) for name, fraction in _fixed_names([j.curve for j in board]).items()),
-        chooser(RANDOM_EPOCH, lambda j: padded(j, np.full(j.num_checkpoints, 1 / j.num_checkpoints))),
+        chooser(RANDOM_EPOCH, lambda j: j.any_checkpoint),
         chooser(ACCURACY, by_accuracy, lambda j: j.curve.accuracy),
         *(chooser(name, option(name)) for name in [*extra, FROM_SCRATCH]),
         chooser(BEST, lambda j: j.take(j.best)),
@@ -603,8 +604,7 @@ def _fixed_at_same_budget(chooser: Chooser, board: Sequence[Judged]) -> list[np.
             spent = [chooser.shares[i] @ board[i].epochs / board[i].curve.epochs[-1] for i in where]
             fraction = same_budget([board[i].curve for i in where], float(np.mean(spent)))
             for i in where:
-                shares = fixed_shares(board[i].curve, fraction)
-                fixed[i] = np.pad(shares, (0, len(board[i].means) - len(shares)))
+                fixed[i] = board[i].mix(fixed_shares(board[i].curve, fraction))
     return fixed
 
 
@@ -647,9 +647,7 @@ def _others(j: Judged, fixed: np.ndarray | None) -> dict[str, np.ndarray]:
         others[BASELINES[SAME_BUDGET]] = fixed
     if not np.isnan(j.curve.accuracy).all():
         others[BASELINES[ACCURACY]] = j.take(argbest(j.curve.accuracy))
-    others[BASELINES[RANDOM_EPOCH]] = np.pad(
-        np.full(j.num_checkpoints, 1 / j.num_checkpoints), (0, len(j.means) - j.num_checkpoints)
-    )
+    others[BASELINES[RANDOM_EPOCH]] = j.any_checkpoint
     if FROM_SCRATCH in j.options:
         others[BASELINES[FROM_SCRATCH]] = j.take(j.options[FROM_SCRATCH])
     for k in sorted(j.curve.averages):

@@ -113,12 +113,12 @@ def _write_figure(evaluation: Evaluation, curves: Sequence[Curve], path: Path, a
             "Mean Dice along each pretraining run (bars: one standard error over seeds; dashed: from scratch)",
             fontsize=10,
         )
-        grid = part.subplots(rows, columns, squeeze=False)
-        for axes, group in zip(grid.flat, panels, strict=False):
+        grid = part.subplots(rows, columns, squeeze=False).ravel()
+        for axes, group in zip(grid[: len(panels)], panels, strict=True):
             _draw_curves(axes, group)
-        for axes in grid.flat[len(panels) :]:
+        for axes in grid[len(panels) :]:
             axes.set_axis_off()
-        grid.flat[0].legend(fontsize=7, loc="best", frameon=False)
+        grid[0].legend(fontsize=7, loc="best", frameon=False)
     figure.savefig(path, format="png", dpi=130)
 
 

@@ -29,12 +29,11 @@ from targets import TARGETS, Target, prepared, read, training_slices
 from torch import Tensor
 
 from mtl_nnunet.checkpoints import find_checkpoints, read_contents
-from mtl_nnunet.curves import AVERAGE, SCRATCH
+from mtl_nnunet.curves import AVERAGE, SCRATCH, STATES
 from mtl_nnunet.encoder import TimmEncoder
 from mtl_nnunet.network import TimmUNet, strides_of
 from mtl_nnunet.recipe import EpochwiseLR, Recipe, optimizer_of, parameter_groups, recipe
 
-STATES = ("free", "frozen")
 # how many of the last checkpoints are averaged, as one more choice
 AVERAGED = 3
 ITERATIONS = 80
@@ -176,17 +175,12 @@ def accuracies(folder: Path) -> dict[str, str]:
         return {row["epoch"]: row["eval_top1"] for row in csv.DictReader(file)}
 
 
-@cache
-def target_of(path: Path) -> Target:
-    return read(path)
-
-
 def train_and_test(job: Job, file: Path, iterations: int, lr: float, device: str) -> tuple[float, float, float]:
     """Both kinds of Dice on the test patients of one training, and the seconds that it took."""
     if device == "cpu":
         torch.set_num_threads(1)
     started = time.monotonic()
-    target = target_of(file)
+    target = read(file)
     torch.manual_seed(job.seed)
     strides = strides_of(TimmEncoder(job.encoder))
     network = TimmUNet(

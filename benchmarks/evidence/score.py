@@ -18,11 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from downstream import add_common_options, made_with, opened, scheme_of, target_of
+from downstream import add_common_options, made_with, opened, scheme_of
 from joblib import Parallel, delayed
-from targets import Target, prepared
+from targets import Target, prepared, read
 
 from mtl_nnunet.checkpoints import Checkpoint, find_checkpoints, read_contents
+from mtl_nnunet.curves import RANDOM
 from mtl_nnunet.embedding import Target as Seen
 from mtl_nnunet.embedding import embed, make_target
 from mtl_nnunet.encoder import random_encoder
@@ -30,7 +31,6 @@ from mtl_nnunet.errors import NoScoreError
 from mtl_nnunet.scores import SCORES, Score, parse_score
 from mtl_nnunet.slices import Slices
 
-RANDOM = "random"
 COLUMNS = (
     "dataset",
     "encoder",
@@ -66,11 +66,13 @@ def main() -> None:
     files = {name: prepared(name, args.raw, args.work) for name in args.d}
     cases = "all" if args.num_cases is None else str(args.num_cases)
     file, done = opened(args.o, COLUMNS, ("dataset", "run", "epoch", "num_cases", "draw"))
+    runs = {folder: find_checkpoints([folder]) for folder in args.runs}
+    encoders = {folder: str(found[0].architecture) for folder, found in runs.items()}
     jobs = [
         (dataset, folder, checkpoint)
-        for folder in args.runs
+        for folder, found in runs.items()
         for dataset in args.d
-        for checkpoint in (*find_checkpoints([folder]), None)
+        for checkpoint in (*found, None)
         if (dataset, folder.name, RANDOM if checkpoint is None else str(checkpoint.epoch), cases, str(args.draw))
         not in done
     ]
@@ -78,12 +80,12 @@ def main() -> None:
     version = made_with()
     started = time.monotonic()
     results = Parallel(n_jobs=args.num_proc, batch_size=1, return_as="generator")(
-        delayed(values_of)(files[d], architecture_of(f), c, args.num_cases, args.draw, args.device) for d, f, c in jobs
+        delayed(values_of)(files[d], encoders[f], c, args.num_cases, args.draw, args.device) for d, f, c in jobs
     )
     with file:
         for i, ((dataset, folder, checkpoint), values) in enumerate(zip(jobs, results, strict=True), start=1):
             epoch = RANDOM if checkpoint is None else checkpoint.epoch
-            known = (dataset, architecture_of(folder), scheme_of(folder), folder.name, epoch)
+            known = (dataset, encoders[folder], scheme_of(folder), folder.name, epoch)
             block = io.StringIO()
             writer = csv.writer(block, lineterminator="\n")
             writer.writerows([*known, name, f"{v:.6g}", int(up), cases, args.draw, version] for name, v, up in values)
@@ -92,12 +94,6 @@ def main() -> None:
             file.flush()
             if i % 20 == 0:
                 print(f"{i} of {len(jobs)}, {time.monotonic() - started:.0f} s", flush=True)
-
-
-def architecture_of(folder: Path) -> str:
-    architecture = find_checkpoints([folder])[0].architecture
-    assert architecture is not None
-    return architecture
 
 
 def scores_to_try() -> list[tuple[str, Score]]:
@@ -144,7 +140,7 @@ def values_of(
 @cache
 def target_seen(file: Path, num_cases: int | None, draw: int) -> Seen:
     """Views and pixels of the slices that the scorer sees, the same for all checkpoints."""
-    return make_target(pool_slices(target_of(file), num_cases, draw), [s for _, s in scores_to_try()], draw)
+    return make_target(pool_slices(read(file), num_cases, draw), [s for _, s in scores_to_try()], draw)
 
 
 def pool_slices(target: Target, num_cases: int | None, draw: int) -> Slices:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,7 @@ def prepared(name: str, raw: Path, folder: Path) -> Path:
     return path
 
 
+@cache
 def read(path: Path) -> Target:
     with np.load(path) as kept:
         return Target(

@@ -30,6 +30,16 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("-downstream", required=True, metavar="CSV", help="table of downstream results")
     parser.add_argument("-scores", metavar="CSV", help="table of scores (without: baselines only)")
     parser.add_argument("-o", required=True, metavar="FOLDER", help="where to write tables and figure")
+    add_drop_option(parser)
+    parser.add_argument("-score", nargs="+", default=[], metavar="NAME", help="scores to show, however they do")
+    parser.add_argument("-draws", type=int, default=2000, metavar="N", help="bootstrap draws (default: 2000)")
+    parser.add_argument("-seed", type=int, default=0, metavar="N", help="seed of the bootstrap (default: 0)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier evaluation")
+    parser.set_defaults(command=evaluate_scores)
+
+
+def add_drop_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``-drop``, which ``dropped`` reads."""
     parser.add_argument(
         "-drop",
         action="append",
@@ -37,11 +47,6 @@ def add_parser(commands: Any) -> None:
         metavar="KEY=VALUE,...",
         help="leave out curves, e.g. encoder=resnet50,scheme=advanced; may be repeated",
     )
-    parser.add_argument("-score", nargs="+", default=[], metavar="NAME", help="scores to show, however they do")
-    parser.add_argument("-draws", type=int, default=2000, metavar="N", help="bootstrap draws (default: 2000)")
-    parser.add_argument("-seed", type=int, default=0, metavar="N", help="seed of the bootstrap (default: 0)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier evaluation")
-    parser.set_defaults(command=evaluate_scores)
 
 
 def evaluate_scores(args: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mtl_nnunet.cli.evaluate_scores import add_drop_option, dropped
 from mtl_nnunet.errors import UserError, listed
 
 LEFT_OUT = ("dataset", "encoder")
@@ -28,13 +29,7 @@ def add_parser(commands: Any) -> None:
         "-scores", nargs="+", default=[], metavar="CSV", help="tables of scores, one for each of -downstream"
     )
     parser.add_argument("-use", nargs="+", default=[], metavar="SCORE", help="scores that enter, as typed for -score")
-    parser.add_argument(
-        "-drop",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE,...",
-        help="leave out curves, e.g. encoder=resnet50,scheme=advanced; may be repeated",
-    )
+    add_drop_option(parser)
     parser.add_argument("-o", required=True, metavar="JSON", help="where to write the chooser")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier one")
     parser.set_defaults(command=fit_chooser)
@@ -48,7 +43,6 @@ def fit_chooser(args: argparse.Namespace) -> None:
     from mtl_nnunet import __version__
     from mtl_nnunet.chooser import Chooser, value_at_levels, write_chooser
     from mtl_nnunet.chooser_fit import fit_state, hold_out, verdict
-    from mtl_nnunet.cli.evaluate_scores import dropped
     from mtl_nnunet.curves import read_curves
     from mtl_nnunet.files import sha256
 
