@@ -47,10 +47,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-tar", type=Path, required=True, help="train/<class>/*.jpg and val/<class>/*.jpg")
     parser.add_argument("-o", type=Path, required=True)
+    parser.add_argument("-seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("-num_proc", type=int, default=1)
     parser.add_argument("-device", default="cpu")
     args = parser.parse_args()
-    missing = [run for run in RUNS if not (args.o / name_of(*run) / "summary.csv").is_file()]
+    runs = [run for run in RUNS if run[-1] in args.seeds]
+    missing = [run for run in runs if not (args.o / name_of(*run) / "summary.csv").is_file()]
     Parallel(n_jobs=args.num_proc, batch_size=1, pre_dispatch="n_jobs")(
         delayed(pretrain)(*run, args.tar, args.o, args.device) for run in missing
     )
