@@ -14,6 +14,7 @@ import fcntl
 import io
 import subprocess
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -177,10 +178,17 @@ def accuracies(folder: Path) -> dict[str, str]:
 
 def train_and_test(job: Job, file: Path, iterations: int, lr: float, device: str) -> tuple[float, float, float]:
     """Both kinds of Dice on the test patients of one training, and the seconds that it took."""
-    if device == "cpu":
-        torch.set_num_threads(1)
     started = time.monotonic()
     target = read(file)
+    network, how = network_of(job, target, lr, device)
+    train(network, target, training_slices(target, job.seed), how, iterations, job.seed, device)
+    return *test(network, target, device), time.monotonic() - started
+
+
+def network_of(job: Job, target: Target, lr: float, device: str) -> tuple[TimmUNet, Recipe]:
+    """The network that a training starts from, and its recipe."""
+    if device == "cpu":
+        torch.set_num_threads(1)
     torch.manual_seed(job.seed)
     strides = strides_of(TimmEncoder(job.encoder))
     network = TimmUNet(
@@ -198,9 +206,7 @@ def train_and_test(job: Job, file: Path, iterations: int, lr: float, device: str
     network.encoder.frozen = frozen
     # pretrained layers learn the slower the shallower they are; random ones have nothing to keep
     decay = {} if job.checkpoints else {"layer_decay": 1}
-    how = recipe({"lr": lr, **decay, **({"frozen_epochs": "all"} if frozen else {})})
-    train(network, target, training_slices(target, job.seed), how, iterations, job.seed, device)
-    return *test(network, target, device), time.monotonic() - started
+    return network, recipe({"lr": lr, **decay, **({"frozen_epochs": "all"} if frozen else {})})
 
 
 def averaged(checkpoints: tuple[Path, ...]) -> dict[str, Tensor]:
@@ -213,8 +219,17 @@ def averaged(checkpoints: tuple[Path, ...]) -> dict[str, Tensor]:
 
 
 def train(
-    network: TimmUNet, target: Target, chosen: np.ndarray, how: Recipe, iterations: int, seed: int, device: str
+    network: TimmUNet,
+    target: Target,
+    chosen: np.ndarray,
+    how: Recipe,
+    iterations: int,
+    seed: int,
+    device: str,
+    after: Mapping[int, Callable[[], None]] | None = None,
+    until: int | None = None,
 ) -> None:
+    """Train on chosen slices; ``after`` says what to do once so many iterations are done, ``until`` after how many to stop."""
     groups = [{**group, "fused": True} for group in parameter_groups(network, how)]
     optimizer = optimizer_of(groups, how)
     schedule = EpochwiseLR(optimizer, iterations, WARMUP)
@@ -227,7 +242,7 @@ def train(
     rng = np.random.default_rng([seed, 1])
     images, labels = target.images[chosen], target.labels[chosen]
     network.train()
-    for iteration in range(iterations):
+    for iteration in range(until or iterations):
         schedule.step(iteration)
         batch, truth = patches(images, labels, rng)
         optimizer.zero_grad()
@@ -235,6 +250,9 @@ def train(
             logits = network(batch.to(device, memory_format=torch.channels_last))
         loss(logits.float(), truth.to(device)).backward()
         optimizer.step()
+        if after and iteration + 1 in after:
+            after[iteration + 1]()
+            network.train()
 
 
 def patches(images: Tensor, labels: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
