@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mtl_nnunet.errors import UserError, listed
+from mtl_nnunet.errors import LeftOutWarning, UserError, listed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -116,6 +116,10 @@ def read_curves(downstream: Path, scores: Path | None = None) -> list[Curve]:
     Returns:
         One curve a dataset, encoder, scheme, run and state, sorted by them.
 
+    Warns:
+        LeftOutWarning: Rows that belong to no curve: scores of runs without results, averages or trainings from random weights
+            beside no checkpoint.
+
     Raises:
         UserError: A file that cannot be read, a missing column, a cell that is not what its column holds, a row twice,
             a curve of fewer than two epochs, or scores that belong to no curve.
@@ -140,7 +144,25 @@ def read_curves(downstream: Path, scores: Path | None = None) -> list[Curve]:
             f"no score in {scores} belongs to a checkpoint in {downstream}: the scores are of {theirs}, the results of "
             f"{ours}. Columns dataset, encoder, scheme, run and epoch must say the same in both."
         )
+    used = {i for curve in curves for i in _belonging(rest, [getattr(curve, name) for name in CURVE]).index}
+    _warn_of_lost([*rest.index.difference(list(used))], lost, downstream, scores)
     return curves
+
+
+def _warn_of_lost(rows: list[int], lost: set[tuple[str, ...]], downstream: Path, scores: Path | None) -> None:
+    if rows:
+        warnings.warn(
+            f"{downstream}: {len(rows)} rows of averaged or random weights are left out, since no checkpoint has their dataset, "
+            f"encoder and state (line {_line(rows[0])} is the first).",
+            LeftOutWarning,
+            stacklevel=3,
+        )
+    if lost:
+        warnings.warn(
+            f"{scores}: scores that no result belongs to are left out: {listed(sorted('/'.join(key) for key in lost), 3)}.",
+            LeftOutWarning,
+            stacklevel=3,
+        )
 
 
 def _curve(key: Sequence[str], rows: pd.DataFrame, rest: pd.DataFrame, path: Path) -> Curve:

@@ -1,4 +1,4 @@
-"""The one kind of error that a user can act on."""
+"""The one kind of error that a user can act on, and the one kind of warning."""
 
 
 class UserError(ValueError):
@@ -6,6 +6,10 @@ class UserError(ValueError):
 
     Commands print it as one line on stderr and exit with status 1; from Python it is an ordinary ``ValueError``.
     """
+
+
+class LeftOutWarning(UserWarning):
+    """A part of the user's input that does not count; commands print it as one line on stderr."""
 
 
 class NoScoreError(UserError):

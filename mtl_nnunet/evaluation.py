@@ -89,7 +89,7 @@ class Judged:
 
 
 @dataclass(frozen=True, eq=False)
-class Chooser:
+class Contender:
     """A rule and what it takes on each curve.
 
     Attributes:
@@ -445,13 +445,13 @@ def evaluate(
     scores = [_by_score(name, board) for name in sorted({name for c in curves for name in c.scores})]
     regrets = _regrets(scores, board)
     more = [_by_rule(name, rule, board) for name, rule in (rules or {}).items()]
-    choosers = [*scores, *more, *_baselines(board), *_chosen(scores, regrets, board)]
-    names = [*(c.name for c in choosers), BEST_SCORE, HALF_SEEDS, *HELD_OUT.values()]
+    contenders = [*scores, *more, *_baselines(board), *_chosen(scores, regrets, board)]
+    names = [*(c.name for c in contenders), BEST_SCORE, HALF_SEEDS, *HELD_OUT.values()]
     for c in [*scores, *more]:
         if names.count(c.name) > 1:
             raise UserError(f"score '{c.name}' has the name of another rule of the evaluation. Rename it in the table.")
     table = pd.DataFrame(
-        [row for chooser in choosers for row in _rows(chooser, board, _fixed_at_same_budget(chooser, board))]
+        [row for contender in contenders for row in _rows(contender, board, _fixed_at_same_budget(contender, board))]
     )
     half = _half_seeds(board)
     table = pd.concat([table, half], ignore_index=True) if len(half) else table
@@ -496,10 +496,10 @@ def _key(curve: Curve) -> tuple[str, ...]:
     return tuple(getattr(curve, name) for name in CURVE)
 
 
-def _by_score(name: str, board: Sequence[Judged]) -> Chooser:
+def _by_score(name: str, board: Sequence[Judged]) -> Contender:
     values = [j.curve.scores.get(name) for j in board]
     exists = [v is not None and not np.isnan(v).all() for v in values]
-    return Chooser(
+    return Contender(
         name,
         "score",
         [j.take(argbest(v)) if e and v is not None else None for j, v, e in zip(board, values, exists, strict=True)],
@@ -507,18 +507,18 @@ def _by_score(name: str, board: Sequence[Judged]) -> Chooser:
     )
 
 
-def _by_rule(name: str, rule: Callable[[Curve], np.ndarray | None], board: Sequence[Judged]) -> Chooser:
+def _by_rule(name: str, rule: Callable[[Curve], np.ndarray | None], board: Sequence[Judged]) -> Contender:
     shares = [rule(j.curve) for j in board]
-    return Chooser(name, "rule", [None if s is None else j.mix(s) for s, j in zip(shares, board, strict=True)])
+    return Contender(name, "rule", [None if s is None else j.mix(s) for s, j in zip(shares, board, strict=True)])
 
 
-def _baselines(board: Sequence[Judged]) -> list[Chooser]:
-    def chooser(
+def _baselines(board: Sequence[Judged]) -> list[Contender]:
+    def contender(
         name: str, shares: Callable[[Judged], np.ndarray | None], order: Callable[[Judged], np.ndarray] | None = None
-    ) -> Chooser:
+    ) -> Contender:
         taken = [shares(j) for j in board]
         orders = [None if order is None or s is None else order(j) for j, s in zip(board, taken, strict=True)]
-        return Chooser(
+        return Contender(
             name, "hindsight" if name in (BEST, WITHIN_ERROR, WITHIN_HALF_POINT) else "baseline", taken, orders
         )
 
@@ -533,14 +533,14 @@ def _baselines(board: Sequence[Judged]) -> list[Chooser]:
 
     extra = [average_name(k) for k in sorted({k for j in board for k in j.curve.averages})]
     return [
-        chooser(LAST, lambda j: j.take(j.num_checkpoints - 1), lambda j: j.curve.epochs.astype(float)),
-        *(chooser(name, fixed(fraction)) for name, fraction in _fixed_names([j.curve for j in board]).items()),
-        chooser(RANDOM_EPOCH, lambda j: j.any_checkpoint),
-        chooser(ACCURACY, by_accuracy, lambda j: j.curve.accuracy),
-        *(chooser(name, option(name)) for name in [*extra, FROM_SCRATCH]),
-        chooser(BEST, lambda j: j.take(j.best)),
-        chooser(WITHIN_ERROR, lambda j: j.take(earliest_within_error(j))),
-        chooser(WITHIN_HALF_POINT, lambda j: j.take(earliest_within(j, 0.005))),
+        contender(LAST, lambda j: j.take(j.num_checkpoints - 1), lambda j: j.curve.epochs.astype(float)),
+        *(contender(name, fixed(fraction)) for name, fraction in _fixed_names([j.curve for j in board]).items()),
+        contender(RANDOM_EPOCH, lambda j: j.any_checkpoint),
+        contender(ACCURACY, by_accuracy, lambda j: j.curve.accuracy),
+        *(contender(name, option(name)) for name in [*extra, FROM_SCRATCH]),
+        contender(BEST, lambda j: j.take(j.best)),
+        contender(WITHIN_ERROR, lambda j: j.take(earliest_within_error(j))),
+        contender(WITHIN_HALF_POINT, lambda j: j.take(earliest_within(j, 0.005))),
     ]
 
 
@@ -553,21 +553,21 @@ def _fixed_names(curves: Sequence[Curve]) -> dict[str, float]:
     return {f"{FIXED} {fraction:.0%} of pretraining": fraction for fraction in (0.25, 0.5, 0.75)}
 
 
-def _regrets(choosers: Sequence[Chooser], board: Sequence[Judged]) -> np.ndarray:
+def _regrets(contenders: Sequence[Contender], board: Sequence[Judged]) -> np.ndarray:
     return np.array(
         [
             [np.nan if s is None else j.means[j.best] - s @ j.means for s, j in zip(c.shares, board, strict=True)]
-            for c in choosers
+            for c in contenders
         ]
-    ).reshape(len(choosers), len(board))
+    ).reshape(len(contenders), len(board))
 
 
-def _chosen(scores: Sequence[Chooser], regrets: np.ndarray, board: Sequence[Judged]) -> list[Chooser]:
+def _chosen(scores: Sequence[Contender], regrets: np.ndarray, board: Sequence[Judged]) -> list[Contender]:
     """Scores chosen on other curves of the same state, and in hindsight; only among those that all of these curves have."""
     if len(scores) < 2:
         return []
     states = np.array([j.curve.state for j in board])
-    choosers = []
+    contenders = []
     for name, by in ((BEST_SCORE, None), *((name, by) for by, name in HELD_OUT.items())):
         groups = np.array(["" if by is None else getattr(j.curve, by) for j in board])
         picks: list[int | None] = [None] * len(board)
@@ -583,8 +583,8 @@ def _chosen(scores: Sequence[Chooser], regrets: np.ndarray, board: Sequence[Judg
                     for i in np.flatnonzero(here):
                         picks[i] = best
         if any(pick is not None for pick in picks):
-            choosers.append(
-                Chooser(
+            contenders.append(
+                Contender(
                     name,
                     "hindsight" if by is None else "chosen",
                     [None if p is None else scores[p].shares[i] for i, p in enumerate(picks)],
@@ -592,34 +592,35 @@ def _chosen(scores: Sequence[Chooser], regrets: np.ndarray, board: Sequence[Judg
                     [None if p is None else scores[p].name for p in picks],
                 )
             )
-    return choosers
+    return contenders
 
 
-def _fixed_at_same_budget(chooser: Chooser, board: Sequence[Judged]) -> list[np.ndarray | None]:
+def _fixed_at_same_budget(contender: Contender, board: Sequence[Judged]) -> list[np.ndarray | None]:
     """For each curve the fixed fraction that costs, over the curves of its state, what the rule costs."""
     fixed: list[np.ndarray | None] = [None] * len(board)
     for state in STATES:
-        where = [i for i, s in enumerate(chooser.shares) if s is not None and board[i].curve.state == state]
+        where = [i for i, s in enumerate(contender.shares) if s is not None and board[i].curve.state == state]
         if where:
-            spent = [chooser.shares[i] @ board[i].epochs / board[i].curve.epochs[-1] for i in where]
+            spent = [contender.shares[i] @ board[i].epochs / board[i].curve.epochs[-1] for i in where]
             fraction = same_budget([board[i].curve for i in where], float(np.mean(spent)))
             for i in where:
                 fixed[i] = board[i].mix(fixed_shares(board[i].curve, fraction))
     return fixed
 
 
-def _rows(chooser: Chooser, board: Sequence[Judged], fixed: Sequence[np.ndarray | None]) -> list[dict[str, object]]:
+def _rows(contender: Contender, board: Sequence[Judged], fixed: Sequence[np.ndarray | None]) -> list[dict[str, object]]:
     rows = []
-    for i, (j, shares) in enumerate(zip(board, chooser.shares, strict=True)):
+    for i, (j, shares) in enumerate(zip(board, contender.shares, strict=True)):
         if shares is None:
             continue
-        curve, order = j.curve, chooser.orders[i] if chooser.orders else None
+        curve, order = j.curve, contender.orders[i] if contender.orders else None
         epoch, dice = float(shares @ j.epochs), float(shares @ j.means)
+        own_score = contender.name if contender.kind == "score" else None
         row: dict[str, object] = {
             **{name: getattr(curve, name) for name in CURVE},
-            "rule": chooser.name,
-            "kind": chooser.kind,
-            "score": chooser.scores[i] if chooser.scores else (chooser.name if chooser.kind == "score" else None),
+            "rule": contender.name,
+            "kind": contender.kind,
+            "score": contender.scores[i] if contender.scores else own_score,
             "epoch": epoch,
             "budget": epoch / float(curve.epochs[-1]),
             "dice": dice,

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from mtl_nnunet.curves import Curve, read_curves
-from mtl_nnunet.errors import UserError
+from mtl_nnunet.errors import LeftOutWarning, UserError
+
+pytestmark = pytest.mark.filterwarnings("ignore::mtl_nnunet.errors.LeftOutWarning")
 
 HEADER = "dataset,encoder,scheme,run,state,epoch,seed,dice,accuracy"
 ROWS = [
@@ -49,7 +51,11 @@ def assert_equal(one: Curve, other: Curve) -> None:
 
 
 def test_a_curve_by_hand(tmp_path: Path) -> None:
-    (curve,) = read_curves(downstream(tmp_path), scores(tmp_path))
+    with pytest.warns(LeftOutWarning) as told:
+        (curve,) = read_curves(downstream(tmp_path), scores(tmp_path))
+    rows, lost = (str(w.message) for w in told)
+    assert "line 7" in rows, "the run r9 has no checkpoint"
+    assert "lung/resnet18/plain/r1" in lost
     assert curve.label == "heart/resnet18/plain/r1/free"
     assert curve.epochs.tolist() == [2, 10]
     assert curve.seeds == ("0", "1")

@@ -13,6 +13,7 @@ import downstream
 import numpy as np
 import pretrain
 import pytest
+import rivals
 import score
 import targets
 import torch
@@ -73,6 +74,17 @@ def test_the_scorer_sees_no_test_patient(target: targets.Target, num_cases: int 
     of_test = set(target.cases[target.is_test])
     assert not of_test & set(seen.cases)
     assert len(set(seen.cases)) == (num_cases or len(set(target.cases[~target.is_test])))
+
+
+def test_a_short_training_sees_no_test_patient_and_tests_on_other_patients(target: targets.Target) -> None:
+    pool = set(target.patients[~target.is_test])
+    halves = [rivals.halved(target, draw) for draw in (0, 1)]
+    for half in halves:
+        assert set(half.patients) == pool
+        training = half.patients[targets.training_slices(half, 10_000)]
+        assert not set(training) & set(half.patients[half.is_test])
+        assert len(half.images) == len(half.labels) == len(half.cases) == len(half.is_test)
+    assert not np.array_equal(halves[0].is_test, halves[1].is_test)
 
 
 def test_dice_of_classes_by_hand(target: targets.Target) -> None:
@@ -213,3 +225,14 @@ def test_interrupted_and_asked_again_nothing_is_trained_twice(
     assert [c.state for c in curves] == ["free", "frozen"]
     assert all(len(c.scratch) == 2 and set(c.random_scores) == set(c.scores) for c in curves)
     assert list(curves[0].accuracy[1:]) == [36.4]
+
+    monkeypatch.setattr(rivals, "STOPS", (1, 2))
+    monkeypatch.setattr(sys, "argv", ["rivals.py", *common, "-o", str(tmp_path / "rivals.csv"), "-state", "free"])
+    rivals.main()
+    curves = read_curves(table, tmp_path / "rivals.csv")
+    assert set(curves[0].scores) == {rivals.name_of(n, "free") for n in (1, 2)}
+    rivals.main()
+    with (tmp_path / "rivals.csv").open(newline="") as file:
+        kept = list(csv.DictReader(file))
+    assert len(kept) == 2 * len(find_checkpoints([run])), "nothing is trained twice"
+    assert all(float(r["seconds"]) > 0 for r in kept)

@@ -12,8 +12,10 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
-from mtl_nnunet.errors import UserError
+from mtl_nnunet.errors import LeftOutWarning, UserError
 
 
 def run(
@@ -34,6 +36,7 @@ def run(
                 # what other packages will change one day is no concern of the user's
                 warnings.simplefilter("ignore", FutureWarning)
                 warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.showwarning = partial(_show_warning, parser.prog, warnings.showwarning)
             command(args)
     except UserError as error:
         if getattr(args, "verbose", False):
@@ -48,6 +51,15 @@ def run(
         sys.stderr.close()
         return 1
     return 0
+
+
+def _show_warning(
+    prog: str, show: Callable[..., None], message: Warning | str, category: type[Warning], *where: Any
+) -> None:
+    if issubclass(category, LeftOutWarning):
+        print(f"{prog}: {message}", file=sys.stderr)
+    else:
+        show(message, category, *where)
 
 
 @contextmanager
