@@ -153,7 +153,9 @@ def test_what_is_not_finite_is_no_score(
     monkeypatch.setattr(score, "scores_to_try", lambda: [("broken", Broken())])
     monkeypatch.setattr(score, "target_seen", lambda *_: type("Seen", (), {"input_channels": 1}))
     monkeypatch.setattr(score, "embed", lambda *_: type("Features", (), {"patients": np.arange(3)}))
-    assert score.values_of(tmp_path, "test_resnet", None, None, 0, "cpu") == [("broken:level=-2", 0.5, True)]
+    assert score.values_of(tmp_path, "test_resnet", None, ("broken",), None, 0, "cpu") == [
+        ("broken:level=-2", 0.5, True)
+    ]
 
 
 @pytest.mark.parametrize("scheme", pretrain.SCHEMES)

@@ -62,7 +62,11 @@ def main() -> None:
     add_common_options(parser)
     parser.add_argument("-num_cases", type=int, help="of the pool; default all of it")
     parser.add_argument("-draw", type=int, default=0, help="which random draw of that many cases")
+    parser.add_argument(
+        "-score", nargs="+", metavar="NAME", help="some of the scores, as the table names them without a level"
+    )
     args = parser.parse_args()
+    names = tuple(args.score or [name for name, _ in scores_to_try()])
     files = {name: prepared(name, args.raw, args.work) for name in args.d}
     cases = "all" if args.num_cases is None else str(args.num_cases)
     file, done = opened(args.o, COLUMNS, ("dataset", "run", "epoch", "num_cases", "draw"))
@@ -76,11 +80,12 @@ def main() -> None:
         if (dataset, folder.name, RANDOM if checkpoint is None else str(checkpoint.epoch), cases, str(args.draw))
         not in done
     ]
+    chosen_scores(names)
     print(f"{len(jobs)} checkpoints to go", flush=True)
     version = made_with()
     started = time.monotonic()
     results = Parallel(n_jobs=args.num_proc, batch_size=1, return_as="generator")(
-        delayed(values_of)(files[d], encoders[f], c, args.num_cases, args.draw, args.device) for d, f, c in jobs
+        delayed(values_of)(files[d], encoders[f], c, names, args.num_cases, args.draw, args.device) for d, f, c in jobs
     )
     with file:
         for i, ((dataset, folder, checkpoint), values) in enumerate(zip(jobs, results, strict=True), start=1):
@@ -110,20 +115,34 @@ def scores_to_try() -> list[tuple[str, Score]]:
     return tried
 
 
+def chosen_scores(names: tuple[str, ...]) -> list[tuple[str, Score]]:
+    """Those of the scores to try that are named."""
+    scores = dict(scores_to_try())
+    if unknown := set(names) - set(scores):
+        raise SystemExit(f"-score {min(unknown)}: expected some of {', '.join(scores)}")
+    return [(name, scores[name]) for name in names]
+
+
 def values_of(
-    file: Path, encoder_name: str, checkpoint: Checkpoint | None, num_cases: int | None, draw: int, device: str
+    file: Path,
+    encoder_name: str,
+    checkpoint: Checkpoint | None,
+    names: tuple[str, ...],
+    num_cases: int | None,
+    draw: int,
+    device: str,
 ) -> list[tuple[str, float, bool]]:
-    """Every score of one checkpoint, None for random weights, at every level and at all of them."""
+    """Scores of one checkpoint, None for random weights, at every level and at all of them."""
     if device == "cpu":
         torch.set_num_threads(1)
-    seen = target_seen(file, num_cases, draw)
+    seen, scores = target_seen(file, names, num_cases, draw), chosen_scores(names)
     encoder = random_encoder(encoder_name, seen.input_channels, draw)
     if checkpoint is not None:
         encoder.load_weights(read_contents(checkpoint.path).weights, str(checkpoint.path))
-    features = embed(encoder, seen, [score for _, score in scores_to_try()], device)
+    features = embed(encoder, seen, [score for _, score in scores], device)
     everyone = np.ones((1, features.patients.max() + 1))
     values = []
-    for name, score in scores_to_try():
+    for name, score in scores:
         try:
             statistic, by_level = score.statistic(features)
         except NoScoreError:
@@ -138,9 +157,9 @@ def values_of(
 
 
 @cache
-def target_seen(file: Path, num_cases: int | None, draw: int) -> Seen:
+def target_seen(file: Path, names: tuple[str, ...], num_cases: int | None, draw: int) -> Seen:
     """Views and pixels of the slices that the scorer sees, the same for all checkpoints."""
-    return make_target(pool_slices(read(file), num_cases, draw), [s for _, s in scores_to_try()], draw)
+    return make_target(pool_slices(read(file), num_cases, draw), [s for _, s in chosen_scores(names)], draw)
 
 
 def pool_slices(target: Target, num_cases: int | None, draw: int) -> Slices:
