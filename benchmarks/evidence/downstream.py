@@ -37,7 +37,7 @@ from mtl_nnunet.recipe import EpochwiseLR, Recipe, optimizer_of, parameter_group
 
 # how many of the last checkpoints are averaged, as one more choice
 AVERAGED = 3
-ITERATIONS = 80
+ITERATIONS = 240
 RATE = 3e-3
 WARMUP = 10
 BATCH_SIZE = 8
