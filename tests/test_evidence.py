@@ -228,8 +228,8 @@ def test_interrupted_and_asked_again_nothing_is_trained_twice(
     assert all(len(c.scratch) == 2 and set(c.random_scores) == set(c.scores) for c in curves)
     assert list(curves[0].accuracy[1:]) == [36.4]
 
-    monkeypatch.setattr(rivals, "STOPS", (1, 2))
-    monkeypatch.setattr(sys, "argv", ["rivals.py", *common, "-o", str(tmp_path / "rivals.csv"), "-state", "free"])
+    short = ["-iterations", "1", "2", "-state", "free"]
+    monkeypatch.setattr(sys, "argv", ["rivals.py", *common, "-o", str(tmp_path / "rivals.csv"), *short])
     rivals.main()
     curves = read_curves(table, tmp_path / "rivals.csv")
     assert set(curves[0].scores) == {rivals.name_of(n, "free") for n in (1, 2)}

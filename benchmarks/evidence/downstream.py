@@ -14,7 +14,6 @@ import fcntl
 import io
 import subprocess
 import time
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -219,17 +218,8 @@ def averaged(checkpoints: tuple[Path, ...]) -> dict[str, Tensor]:
 
 
 def train(
-    network: TimmUNet,
-    target: Target,
-    chosen: np.ndarray,
-    how: Recipe,
-    iterations: int,
-    seed: int,
-    device: str,
-    after: Mapping[int, Callable[[], None]] | None = None,
-    until: int | None = None,
+    network: TimmUNet, target: Target, chosen: np.ndarray, how: Recipe, iterations: int, seed: int, device: str
 ) -> None:
-    """Train on chosen slices; ``after`` says what to do once so many iterations are done, ``until`` after how many to stop."""
     groups = [{**group, "fused": True} for group in parameter_groups(network, how)]
     optimizer = optimizer_of(groups, how)
     schedule = EpochwiseLR(optimizer, iterations, WARMUP)
@@ -242,7 +232,7 @@ def train(
     rng = np.random.default_rng([seed, 1])
     images, labels = target.images[chosen], target.labels[chosen]
     network.train()
-    for iteration in range(until or iterations):
+    for iteration in range(iterations):
         schedule.step(iteration)
         batch, truth = patches(images, labels, rng)
         optimizer.zero_grad()
@@ -250,9 +240,6 @@ def train(
             logits = network(batch.to(device, memory_format=torch.channels_last))
         loss(logits.float(), truth.to(device)).backward()
         optimizer.step()
-        if after and iteration + 1 in after:
-            after[iteration + 1]()
-            network.train()
 
 
 def patches(images: Tensor, labels: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:

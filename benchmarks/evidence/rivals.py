@@ -1,8 +1,8 @@
 """What short trainings say in place of a score, and what they cost: rows for the table of scores.
 
-Every checkpoint is trained as in ``downstream.py``, but within the pool: on 8 cases of one half of its patients, and tested
-on the other half, once 10, 20 and 40 of 80 iterations are done. Encoder frozen, it is a decoder probe; free, a short fine-tuning.
-So no test patient is seen, as little as by a score. Rows that the table has already are not computed again.
+Every checkpoint is trained as in ``downstream.py``, but within the pool and for a sixth and a third of the iterations: on 8 cases
+of one half of its patients, tested on the other half. Encoder frozen, it is a decoder probe; free, a short fine-tuning. So no test
+patient is seen, as little as by a score. Rows that the table has already are not computed again.
 
     python benchmarks/evidence/rivals.py -raw nnUNet_raw -runs runs/* -work work -o rivals.csv -num_proc 2
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import io
 import time
 from dataclasses import replace
 from itertools import product
@@ -19,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 from downstream import (
-    ITERATIONS,
     RATE,
     Job,
     add_common_options,
@@ -36,7 +34,7 @@ from targets import SPLIT_SEED, Target, prepared, read, training_slices
 from mtl_nnunet.checkpoints import find_checkpoints
 from mtl_nnunet.curves import STATES
 
-STOPS = (10, 20, 40)
+LENGTHS = (40, 80)
 COLUMNS = ("dataset", "encoder", "scheme", "run", "epoch", "score", "value", "draw", "seconds", "made_with")
 
 
@@ -44,36 +42,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_options(parser)
     parser.add_argument("-state", nargs="+", choices=STATES, default=list(STATES))
+    parser.add_argument("-iterations", nargs="+", type=int, default=list(LENGTHS))
     parser.add_argument("-draw", type=int, default=0, help="which half of the pool trains, on which cases")
     args = parser.parse_args()
     files = {name: prepared(name, args.raw, args.work) for name in args.d}
     file, done = opened(args.o, COLUMNS, ("dataset", "run", "epoch", "score", "draw"))
     # other seeds than those that are judged by
     seed = 10_000 + args.draw
+    runs = {folder: find_checkpoints([folder]) for folder in args.runs}
     jobs = [
-        Job(d, str(found[0].architecture), scheme_of(folder), folder.name, state, str(c.epoch), seed, "", (c.path,))
-        for d, state, (folder, found) in product(
-            args.d, args.state, {folder: find_checkpoints([folder]) for folder in args.runs}.items()
-        )
+        (length, Job(d, str(c.architecture), scheme_of(folder), folder.name, state, str(c.epoch), seed, "", (c.path,)))
+        for length, d, state, (folder, found) in product(args.iterations, args.d, args.state, runs.items())
         for c in found
-        if (d, folder.name, str(c.epoch), name_of(STOPS[-1], state), str(args.draw)) not in done
+        if (d, folder.name, str(c.epoch), name_of(length, state), str(args.draw)) not in done
     ]
-    print(f"{len(jobs)} checkpoints to go", flush=True)
+    print(f"{len(jobs)} trainings to go", flush=True)
     version = made_with()
     started = time.monotonic()
     results = Parallel(n_jobs=args.num_proc, batch_size=1, return_as="generator")(
-        delayed(short_training)(job, files[job.dataset], args.draw, args.device) for job in jobs
+        delayed(short_training)(job, files[job.dataset], length, args.draw, args.device) for length, job in jobs
     )
     with file:
-        for i, (job, values) in enumerate(zip(jobs, results, strict=True), start=1):
-            block = io.StringIO()
-            writer = csv.writer(block, lineterminator="\n")
-            known = (job.dataset, job.encoder, job.scheme, job.run, job.epoch)
-            writer.writerows(
-                [*known, name_of(stop, job.state), f"{dice:.5f}", args.draw, f"{seconds:.2f}", version]
-                for stop, dice, seconds in values
-            )
-            file.write(block.getvalue())
+        writer = csv.writer(file, lineterminator="\n")
+        for i, ((length, job), (dice, seconds)) in enumerate(zip(jobs, results, strict=True), start=1):
+            known = (job.dataset, job.encoder, job.scheme, job.run, job.epoch, name_of(length, job.state))
+            writer.writerow([*known, f"{dice:.5f}", args.draw, f"{seconds:.2f}", version])
             file.flush()
             if i % 20 == 0:
                 print(f"{i} of {len(jobs)}, {time.monotonic() - started:.0f} s", flush=True)
@@ -83,26 +76,14 @@ def name_of(iterations: int, state: str) -> str:
     return f"training:iterations={iterations},state={state}"
 
 
-def short_training(job: Job, file: Path, draw: int, device: str) -> list[tuple[int, float, float]]:
-    """Iterations done, Dice on the other half of the pool, and seconds until then, tests left out but the last."""
+def short_training(job: Job, file: Path, iterations: int, draw: int, device: str) -> tuple[float, float]:
+    """Dice on the other half of the pool, and the seconds that it took."""
+    started = time.monotonic()
     target = halved(read(file), draw)
     network, how = network_of(job, target, RATE, device)
-    found: list[tuple[int, float, float]] = []
-    started, testing = time.monotonic(), 0.0
-
-    def stop(iterations: int) -> None:
-        nonlocal testing
-        before = time.monotonic()
-        dice, _ = test(network, target, device)
-        now = time.monotonic()
-        found.append((iterations, dice, now - started - testing))
-        testing += now - before
-
-    after = {n: (lambda n=n: stop(n)) for n in STOPS}
-    # the schedule is that of the whole training, cut off
-    chosen = training_slices(target, job.seed)
-    train(network, target, chosen, how, ITERATIONS, job.seed, device, after, until=STOPS[-1])
-    return found
+    train(network, target, training_slices(target, job.seed), how, iterations, job.seed, device)
+    dice, _ = test(network, target, device)
+    return dice, time.monotonic() - started
 
 
 def halved(target: Target, draw: int) -> Target:
