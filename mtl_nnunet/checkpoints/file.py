@@ -9,6 +9,7 @@ import re
 import time
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,15 +29,18 @@ from mtl_nnunet.paper_resnet import in_timm_names as paper_in_timm_names
 WEIGHT_KEYS = ("state_dict", "model_state_dict", "model")
 EMA_KEYS = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema")
 PAIR = ("teacher", "student")
-# plain data that runs store beside their weights, of packages that need not be here. Each is read as an inert dictionary:
-# nothing of that name is imported or called.
+# plain data that runs store beside their weights, of packages that need not be here: nothing of these names is imported or
+# called, an inert object stands in their place
 INERT = (
     *("pathlib.PosixPath", "pathlib.WindowsPath", "pathlib._local.PosixPath", "pathlib._local.WindowsPath"),
     *("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype"),
     *("numpy.dtypes.Float64DType", "numpy.dtypes.Float32DType", "numpy.dtypes.Int64DType"),
+    "torch.torch_version.TorchVersion",
+)
+INERT_MAPPINGS = (
     *("lightning.fabric.utilities.data.AttributeDict", "lightning_fabric.utilities.data.AttributeDict"),
     *("pytorch_lightning.utilities.parsing.AttributeDict", "lightning.pytorch.utilities.parsing.AttributeDict"),
-    *("yacs.config.CfgNode", "easydict.EasyDict", "torch.torch_version.TorchVersion"),
+    *("yacs.config.CfgNode", "easydict.EasyDict"),
 )
 # torchvision's names of networks that timm calls otherwise
 TORCHVISION_NAMES = {
@@ -152,26 +156,31 @@ def architecture_in(settings: Any) -> str | None:
     return next((name for key in ARCHITECTURE_KEYS if (name := timm_name(said.get(key)))), None)
 
 
-class _Inert(dict[Any, Any]):
-    """Stands for an object of a package that is not imported; keeps nothing that could act."""
+class _Inert:
+    """Stands for an object of a package that is not imported; keeps nothing."""
 
-    def __new__(cls, *_: Any, **__: Any) -> _Inert:
+    def __new__(cls, *_: Any, **__: Any) -> Any:
         return super().__new__(cls)
 
-    def __init__(self, *_: Any, **__: Any):
-        super().__init__()
-
-    def __setstate__(self, state: Any) -> None:
-        if isinstance(state, Mapping):
-            self.update(state)
+    def __setstate__(self, _: Any) -> None:
+        pass
 
 
-def _inert(name: str) -> type:
+class _InertMapping:
+    """Stands for a mapping of a package that is not imported; torch fills plain ones only."""
+
+    def __new__(cls, *_: Any, **__: Any) -> Any:
+        return OrderedDict()
+
+
+def _standing_for(name: str, what: type) -> type:
     module, _, last = name.rpartition(".")
-    return type(last, (_Inert,), {"__module__": module})
+    return type(last, (what,), {"__module__": module})
 
 
-_INERT_TYPES = [_inert(name) for name in INERT]
+_STAND_INS = [
+    _standing_for(n, what) for names, what in ((INERT, _Inert), (INERT_MAPPINGS, _InertMapping)) for n in names
+]
 
 
 def _read(path: Path) -> tuple[Mapping[str, Any], Mapping[str, str]]:
@@ -190,7 +199,7 @@ def _read_pickle(path: Path) -> Mapping[str, Any]:
     try:
         # timm's train.py stores its arguments as a Namespace: plain data, allowed by name
         with (
-            torch.serialization.safe_globals([argparse.Namespace, *_INERT_TYPES]),
+            torch.serialization.safe_globals([argparse.Namespace, *_STAND_INS]),
             warnings.catch_warnings(),
         ):
             # torch warns of odd pickles before it refuses them

@@ -33,21 +33,24 @@ from mtl_nnunet.files import sha256
 FROM_TIMM, FROM_HUB = "timm:", ("hf-hub:", "hf_hub:")
 KIND = "published weights"
 FILES = ("model.safetensors", "pytorch_model.bin")
-# how long weights with these tags were pretrained, where their publication says so for every network with that tag
+# what publications say of weights, by the whole name; epochs where they say one number for every network of that name
+RSB = "ResNet strikes back, {}: LAMB, binary cross-entropy (arXiv:2110.00476)"
 RECIPES: tuple[tuple[str, int | None, str], ...] = (
-    (r"a1_in1k$", 600, "ResNet strikes back, A1: LAMB, BCE, 224 pixels (arXiv:2110.00476)"),
-    (r"a2_in1k$", 300, "ResNet strikes back, A2: LAMB, BCE, 224 pixels (arXiv:2110.00476)"),
-    (r"a3_in1k$", 100, "ResNet strikes back, A3: LAMB, BCE, trained at 160 pixels (arXiv:2110.00476)"),
-    (r"tv_in1k$", None, "torchvision's first recipe (its weights V1)"),
-    (r"tv2_in1k$", None, "torchvision's second recipe (its weights V2)"),
-    (r"gluon_in1k$", None, "GluonCV's recipe"),
-    (r"fb_ssl_yfcc100m_ft_in1k$", None, "semi-supervised on YFCC100M, fine-tuned on ImageNet-1k (arXiv:1905.00546)"),
+    (r"\.a1_in1k$", 600, RSB.format("A1")),
+    (r"\.a2_in1k$", 300, RSB.format("A2")),
+    (r"\.a3_in1k$", 100, RSB.format("A3") + ", trained at 160 pixels"),
+    (r"^swin_(?:tiny|small|base)\w*\.ms_in1k$", 300, "Swin Transformer, ImageNet-1k (arXiv:2103.14030)"),
+    (r"^convnext_(?:tiny|small|base|large)\.fb_in1k$", 300, "ConvNeXt, ImageNet-1k (arXiv:2201.03545)"),
+    (r"\.tv_in1k$", None, "torchvision's first recipe (its weights V1)"),
+    (r"\.tv2_in1k$", None, "torchvision's second recipe (its weights V2)"),
+    (r"\.gluon_in1k$", None, "GluonCV's recipe"),
+    (r"\.fb_ssl_yfcc100m_ft_in1k$", None, "semi-supervised on YFCC100M, then ImageNet-1k (arXiv:1905.00546)"),
     (
-        r"fb_swsl_ig1b_ft_in1k$",
+        r"\.fb_swsl_ig1b_ft_in1k$",
         None,
-        "semi-weakly supervised on 1 billion images, fine-tuned on ImageNet-1k (arXiv:1905.00546)",
+        "semi-weakly supervised on 1 billion images, then ImageNet-1k (arXiv:1905.00546)",
     ),
-    (r"(?:^|_)e(\d+)_", None, ""),
+    (r"[._]e(\d+)_", None, "epochs as the name says"),
 )
 
 
@@ -76,6 +79,12 @@ def list_published(name: str) -> list[Checkpoint]:
     """
     kind, revision, plain = _parsed(name)
     if kind != FROM_TIMM:
+        own = plain.removeprefix("timm/")
+        if plain.startswith("timm/") and own in timm.list_models(f"{own.partition('.')[0]}.*", pretrained=True):
+            known = _of_timm(own, revision)
+            assert known.published is not None
+            if known.published.source == plain:
+                return [replace(known, published=replace(known.published, name=name.partition("@")[0]))]
         source = Published(name.partition("@")[0], plain, revision, None)
         path = _cached(plain, revision) or Path(plain)
         return [Checkpoint(path, None, timm_name(plain), KIND, published=source)]
@@ -97,17 +106,17 @@ def find_published(name: str) -> list[Checkpoint]:
     return [_fetched(candidate) for candidate in list_published(name)]
 
 
-def recipe_of(tag: str) -> tuple[int | None, str]:
-    """Length of the pretraining in epochs and the recipe, as far as the tag of published weights tells.
+def recipe_of(full: str) -> tuple[int | None, str]:
+    """Length of the pretraining in epochs and the recipe, as far as the name of published weights tells.
 
     Example:
-        >>> recipe_of("a3_in1k")
-        (100, 'ResNet strikes back, A3: LAMB, BCE, trained at 160 pixels (arXiv:2110.00476)')
-        >>> recipe_of("ra4_e3600_r224_in1k"), recipe_of("xyz")
-        ((3600, ''), (None, ''))
+        >>> recipe_of("resnet50.a3_in1k")
+        (100, 'ResNet strikes back, A3: LAMB, binary cross-entropy (arXiv:2110.00476), trained at 160 pixels')
+        >>> recipe_of("mobilenetv4_conv_small.e3600_r256_in1k"), recipe_of("resnet50.d_in1k")
+        ((3600, 'epochs as the name says'), (None, ''))
     """
     for pattern, epochs, words in RECIPES:
-        if match := re.search(rf"(?:^|(?<=_)){pattern}" if pattern[0] != "(" else pattern, tag):
+        if match := re.search(pattern, full):
             return (int(match[1]) if match.groups() else epochs), words
     return None, ""
 
@@ -146,8 +155,7 @@ def _full_names(plain: str) -> list[str]:
 
 def _of_timm(full: str, revision: str | None) -> Checkpoint:
     configuration = timm.get_pretrained_cfg(full)
-    architecture, _, tag = full.partition(".")
-    epochs, recipe = recipe_of(tag)
+    epochs, recipe = recipe_of(full)
     repository = configuration.hf_hub_id
     if repository and repository.endswith("/"):
         repository += full
@@ -155,7 +163,7 @@ def _of_timm(full: str, revision: str | None) -> Checkpoint:
     return Checkpoint(
         path=(_cached(repository, revision) if repository else None) or Path(source),
         epoch=None,
-        architecture=architecture,
+        architecture=full.partition(".")[0],
         kind=KIND,
         published=Published(f"{FROM_TIMM}{full}", source, revision, configuration.license, epochs, recipe),
     )
@@ -180,18 +188,19 @@ def _fetched(candidate: Checkpoint) -> Checkpoint:
     about = candidate.published
     assert about is not None
     if about.source.startswith(("http://", "https://")):
-        path = Path(_or_explain(partial(download_cached_file, about.source, True, True), about))
+        path = Path(_or_explain(partial(download_cached_file, about.source), candidate))
         return replace(candidate, path=path)
     repository, revision = about.source, about.revision
-    path = _one_of(repository, revision, about)
+    path = _one_of(repository, revision, candidate)
     commit = path.parent.name
-    # the same commit for what belongs together
-    configuration = _configuration(repository, commit, about)
+    # of the same commit, and only where timm does not say it already
+    is_known = candidate.architecture is not None and about.licence is not None
+    configuration = {} if is_known else _configuration(repository, commit, candidate)
     own = configuration.get("pretrained_cfg")
     licence = (
         about.licence
         or (own.get("license") if isinstance(own, dict) else None)
-        or _licence_of_card(repository, commit, about)
+        or _licence_of_card(repository, commit, candidate)
     )
     architecture = candidate.architecture or timm_name(configuration.get("architecture"))
     if architecture is None and "architectures" in configuration:
@@ -208,10 +217,12 @@ def _fetched(candidate: Checkpoint) -> Checkpoint:
     )
 
 
-def _one_of(repository: str, revision: str | None, about: Published) -> Path:
+def _one_of(repository: str, revision: str | None, candidate: Checkpoint) -> Path:
+    if (cached := _cached(repository, revision)) is not None:
+        return cached
     for file in FILES:
         try:
-            return Path(_download(repository, file, revision, about))
+            return Path(_download(repository, file, revision, candidate))
         except EntryNotFoundError:
             continue
     raise UserError(
@@ -219,26 +230,26 @@ def _one_of(repository: str, revision: str | None, about: Published) -> Path:
     )
 
 
-def _download(repository: str, file: str, revision: str | None, about: Published) -> str:
+def _download(repository: str, file: str, revision: str | None, candidate: Checkpoint) -> str:
     """From the local cache where it is there, so that a network that is away costs nothing; else from the Hub."""
     try:
         return str(hf_hub_download(repository, file, revision=revision, local_files_only=True))
     except LocalEntryNotFoundError:
         # what the cache knows not to exist would raise EntryNotFoundError
-        return str(_or_explain(partial(hf_hub_download, repository, file, revision=revision), about))
+        return str(_or_explain(partial(hf_hub_download, repository, file, revision=revision), candidate))
 
 
-def _configuration(repository: str, commit: str, about: Published) -> dict[str, Any]:
+def _configuration(repository: str, commit: str, candidate: Checkpoint) -> dict[str, Any]:
     try:
-        content = json.loads(Path(_download(repository, "config.json", commit, about)).read_text(encoding="utf-8"))
+        content = json.loads(Path(_download(repository, "config.json", commit, candidate)).read_text(encoding="utf-8"))
     except (EntryNotFoundError, OSError, ValueError, UserError):
         return {}
     return content if isinstance(content, dict) else {}
 
 
-def _licence_of_card(repository: str, commit: str, about: Published) -> str | None:
+def _licence_of_card(repository: str, commit: str, candidate: Checkpoint) -> str | None:
     try:
-        text = Path(_download(repository, "README.md", commit, about)).read_text(encoding="utf-8")
+        text = Path(_download(repository, "README.md", commit, candidate)).read_text(encoding="utf-8")
     except (EntryNotFoundError, OSError, ValueError, UserError):
         return None
     header = re.match(r"---\n(.*?)\n---", text, flags=re.DOTALL)
@@ -255,12 +266,14 @@ def _check_blob(path: Path) -> None:
         )
 
 
-def _or_explain(fetch: Callable[[], Any], about: Published) -> Any:
+def _or_explain(fetch: Callable[[], Any], candidate: Checkpoint) -> Any:
+    about = candidate.published
+    assert about is not None
     where = about.source + (f" at revision {about.revision}" if about.revision else "")
     try:
         return fetch()
     except LocalEntryNotFoundError as error:
-        reason = "the network cannot be reached"
+        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the network cannot be reached"
         cause: BaseException = error
     except OfflineModeIsEnabled as error:
         reason, cause = "HF_HUB_OFFLINE is set", error
@@ -274,18 +287,18 @@ def _or_explain(fetch: Callable[[], Any], about: Published) -> Any:
         reason, cause = "there is no such repository, or it is private", error
     except (HFValidationError, HfHubHTTPError, OSError, RuntimeError) as error:
         reason, cause = (str(error).strip().splitlines() or [type(error).__name__])[0][:150], error
-    raise UserError(_how_to_bring(about, where, reason)) from cause
+    raise UserError(_how_to_bring(about, candidate.architecture or "NAME", where, reason)) from cause
 
 
-def _how_to_bring(about: Published, where: str, reason: str) -> str:
+def _how_to_bring(about: Published, architecture: str, where: str, reason: str) -> str:
     if about.source.startswith("http"):
         return (
             f"weights {about.name} cannot be fetched from {where}: {reason}. Fetch that file elsewhere and pass it: "
-            f"-ckpt FILE -encoder {about.name.partition(':')[2].partition('.')[0]}."
+            f"-ckpt FILE -encoder {architecture}."
         )
     pinned = f" --revision {about.revision}" if about.revision else ""
     return (
         f"weights {about.name} cannot be fetched from {where}: {reason}; and they are not in the cache {constants.HF_HUB_CACHE}. Where there is a "
         f"network: hf download {about.source} model.safetensors config.json{pinned}; then copy that cache here and set HF_HUB_CACHE, or pass the "
-        "file alone: -ckpt model.safetensors -encoder NAME."
+        f"file alone: -ckpt model.safetensors -encoder {architecture}."
     )

@@ -134,6 +134,8 @@ def list_checkpoints(paths: str | Path | Sequence[str | Path], weights: str = "d
             continue
         sample = sample or read
         contents[file.path] = _without_tensors(read)
+    if sample is None:
+        raise UserError(notes[0])
     found, about_copies = _described(files, contents, weights)
     notes += about_copies
     repeated = _repeated(found)
@@ -251,9 +253,8 @@ def _described(
     kept = [c for c, f in zip(described, files, strict=True) if not f.is_copy]
     notes = []
     for checkpoint in (c for c, f in zip(described, files, strict=True) if f.is_copy):
-        twins = [
-            c for c in kept if c.epoch == checkpoint.epoch and (c.epoch is not None or len(contents) == len(files))
-        ]
+        undated = checkpoint.epoch is None and len(contents) == len(files)
+        twins = kept if undated else [c for c in kept if c.epoch is not None and c.epoch == checkpoint.epoch]
         same = next((c for c in twins if _same_weights(checkpoint, c)), None)
         if same is None and (checkpoint.epoch is None or not twins):
             kept.append(checkpoint)
