@@ -275,3 +275,26 @@ def test_names_that_are_none(name: str, said: str) -> None:
 )
 def test_licences(licence: str, forbids: bool) -> None:
     assert Published("timm:a", "timm/a", None, licence).forbids_commercial_use == forbids
+
+
+def test_licence_goes_into_the_selection_and_is_warned_of(tmp_path: Path, make_dataset: Any) -> None:
+    from dataclasses import replace
+
+    from conftest import DEMO_RUN
+
+    from mtl_nnunet.report import warnings_in_words
+    from mtl_nnunet.select import select_checkpoint
+    from mtl_nnunet.selection import read_selection
+
+    make_dataset(1, num_cases=4)
+    (found,) = find_checkpoints(DEMO_RUN / "checkpoint-39.pth.tar")
+    (found,) = (replace(found, epoch=None, published=Published("timm:a.b", "timm/a.b", "3" * 40, "cc-by-nc-4.0", 100)),)
+    outcome = select_checkpoint(1, [found], num_slices=12, output=tmp_path / "selection")
+    assert outcome.content is not None
+    assert outcome.content["choice"]["published"]["licence"] == "cc-by-nc-4.0"
+    assert any("forbids commercial use" in w for w in warnings_in_words(outcome.ranking, 4))
+    selection = read_selection(tmp_path / "selection")
+    assert selection.forbids_commercial_use
+    assert selection.record()["licence"] == "cc-by-nc-4.0"
+    assert selection.record()["published"] == f"timm:a.b@{'3' * 40}"
+    assert f"timm:a.b@{'3' * 40}, licence cc-by-nc-4.0" in selection.summary
