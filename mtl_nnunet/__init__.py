@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "ResultCache": "cache",
     "find_checkpoints": "checkpoints",
+    "list_checkpoints": "checkpoints",
     "find_image_folder": "cases",
     "find_nnunet_dataset": "cases",
     "gather_slices": "slices",

@@ -20,7 +20,7 @@ from mtl_nnunet.errors import UserError
 from mtl_nnunet.files import written_atomically
 
 # slices are named by their content, whichever code made them
-DECIDING = ("bootstrap", "embedding", "encoder", "pixels", "ranking", "views")
+DECIDING = ("bootstrap", "checkpoints/names", "embedding", "encoder", "pixels", "ranking", "views")
 
 
 @dataclass(frozen=True)

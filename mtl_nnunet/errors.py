@@ -1,4 +1,4 @@
-"""The one kind of error that a user can act on, and the one kind of warning."""
+"""The one kind of error that a user can act on, and the kinds of warning."""
 
 
 class UserError(ValueError):
@@ -10,6 +10,10 @@ class UserError(ValueError):
 
 class LeftOutWarning(UserWarning):
     """A part of the user's input that does not count; commands print it as one line on stderr."""
+
+
+class AssumedWarning(UserWarning):
+    """Something that the input does not say and that was taken to be so; commands print it as one line on stderr."""
 
 
 class NoScoreError(UserError):

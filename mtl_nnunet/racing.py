@@ -15,7 +15,7 @@ from tqdm import tqdm
 from mtl_nnunet.bootstrap import FEWEST_PATIENTS as FEWEST_FOR_INTERVAL
 from mtl_nnunet.bootstrap import interval
 from mtl_nnunet.cache import Scored
-from mtl_nnunet.checkpoints import Checkpoint, read_contents
+from mtl_nnunet.checkpoints import Checkpoint, read_weights
 from mtl_nnunet.decision import Rule
 from mtl_nnunet.embedding import Target, embed, make_target
 from mtl_nnunet.encoder import random_encoder
@@ -169,7 +169,7 @@ def _embed_candidate(
 ) -> Features:
     encoder = random_encoder(name, part.input_channels, seed)
     if checkpoint is not None:
-        encoder.load_weights(read_contents(checkpoint.path).weights, str(checkpoint.path))
+        encoder.load_weights(read_weights(checkpoint), str(checkpoint.path))
     return embed(encoder, part, [score], device, precision)
 
 

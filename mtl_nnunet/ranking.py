@@ -25,7 +25,7 @@ from mtl_nnunet.bootstrap import (
     share_of_wins,
 )
 from mtl_nnunet.cache import ResultCache, Scored, code_sha256
-from mtl_nnunet.checkpoints import Checkpoint, read_contents
+from mtl_nnunet.checkpoints import Checkpoint, ages, read_weights
 from mtl_nnunet.chooser import Choice, choose_by_expected_loss, read_chooser
 from mtl_nnunet.decision import Rule, choose, parse_rule
 from mtl_nnunet.embedding import Target, digest, embed, make_target, resolved_precision
@@ -161,7 +161,9 @@ def rank_checkpoints(
         raise UserError("no checkpoint to rank. Pass a run's folder or its files with -ckpt.")
     if cache is not None:
         cache.check()
-    choose(rule, [0.0] * len(checkpoints), np.zeros((len(checkpoints), 1)), 0.0, [c.epoch for c in checkpoints])
+    # expected losses were learned by epochs, and say nothing of steps
+    by = [c.epoch for c in checkpoints] if rule.name == "expected-loss" else ages(checkpoints)
+    choose(rule, [0.0] * len(checkpoints), np.zeros((len(checkpoints), 1)), 0.0, by)
     candidates: list[Checkpoint | None] = [*checkpoints, None]
     content = _content(slices, encoder, seed, device, precision)
     contents = {(i, s): content(candidate, s) for i, candidate in enumerate(candidates) for s in scores}
@@ -298,7 +300,7 @@ def _score_group(
     for index, checkpoint, scores in group:
         encoder = random_encoder(encoder_name, target.input_channels, seed)
         if checkpoint is not None:
-            encoder.load_weights(read_contents(checkpoint.path).weights, str(checkpoint.path))
+            encoder.load_weights(read_weights(checkpoint), str(checkpoint.path))
         found = _evaluate(encoder, target, scores, seed, device, precision)
         results.append((index, list(enumerate(found))))
     return results
@@ -349,7 +351,7 @@ def _content(
     def of(checkpoint: Checkpoint | None, score: Score) -> dict[str, Any]:
         return {
             **common,
-            "checkpoint": RANDOM if checkpoint is None else checkpoint.sha256,
+            "checkpoint": RANDOM if checkpoint is None else checkpoint.content_key,
             "slices": digests[score.labels],
             "score": [score.text, score.views, score.num_views, score.strength],
         }
@@ -373,7 +375,7 @@ def ranking_of(
     sign = 1.0 if score.higher_is_better else -1.0
     values = [sign * r.value for r in results]
     samples = np.stack([sign * r.sample for r in results])
-    epochs = [None if c is None else c.epoch for c in candidates[:-1]]
+    epochs = ages(candidates[:-1])
     best = choose(Rule(), values[:-1], samples[:-1], values[-1], epochs)
     choice = choose(rule, values[:-1], samples[:-1], values[-1], epochs)
     wins = share_of_wins(samples[:-1])
@@ -406,6 +408,6 @@ def ranking_of(
 
 
 def last_epoch(checkpoints: Sequence[Checkpoint | None]) -> int | None:
-    """Index of the checkpoint of the last epoch, or None where none states its epoch."""
-    epochs = {i: c.epoch for i, c in enumerate(checkpoints) if c is not None and c.epoch is not None}
-    return max(epochs, key=lambda i: epochs[i], default=None)
+    """Index of the checkpoint of the last epoch or step, or None where none states one."""
+    stated = {i: age for i, age in enumerate(ages(checkpoints)) if age is not None}
+    return max(stated, key=lambda i: stated[i], default=None)

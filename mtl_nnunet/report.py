@@ -156,6 +156,12 @@ def warnings_in_words(ranking: Ranking, num_patients: int) -> list[str]:
         warnings.append(
             "No earlier checkpoint is known to be good enough by the non-inferiority rule: the last one is taken."
         )
+    published = chosen.checkpoint.published if chosen.checkpoint else None
+    if published is not None and published.forbids_commercial_use:
+        warnings.append(
+            f"The licence of {published.name} is {published.licence}, which forbids commercial use of these weights; what it says of models "
+            "trained from them, read there."
+        )
     if ranking.expectation is not None:
         warnings += [f"Expected loss: {text}" for text in ranking.expectation.warnings]
     if num_patients < FEWEST_PATIENTS:

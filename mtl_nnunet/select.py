@@ -11,7 +11,7 @@ from typing import Any
 
 from mtl_nnunet.cache import ResultCache
 from mtl_nnunet.cases import Dataset, find_image_folder, find_nnunet_dataset, without_validation_cases
-from mtl_nnunet.checkpoints import Checkpoint, find_checkpoints
+from mtl_nnunet.checkpoints import Checkpoint, architecture_of, find_checkpoints
 from mtl_nnunet.chooser import read_chooser
 from mtl_nnunet.decision import Rule, parse_rule
 from mtl_nnunet.errors import UserError, listed
@@ -56,6 +56,7 @@ def select_checkpoint(
     scores: Sequence[Score | str] | Score | str = "contrastive",
     *,
     encoder: str | None = None,
+    weights: str = "default",
     output: str | Path | None = None,
     rule: Rule | str = "best",
     fold: int | str | None = None,
@@ -74,9 +75,11 @@ def select_checkpoint(
 
     Args:
         dataset: Number or name of an nnU-Net dataset, path of an image folder or datalist, or a ``Dataset``.
-        checkpoints: Folder of a pretraining run, its files, or what ``find_checkpoints`` found.
+        checkpoints: Folder of a pretraining run, its files, names of published weights (``timm:NAME``), or what
+            ``find_checkpoints`` found.
         scores: By which scores; the first chooses.
-        encoder: timm's name of the architecture, where the checkpoints do not say.
+        encoder: timm's name of the architecture, where the checkpoints do not say and their tensors do not tell.
+        weights: Which of the weights in each file: ``default``, ``ema`` (their moving average) or ``trained``.
         output: Folder to write; None writes nothing.
         rule: ``best``, ``last``, ``non-inferior``, ``expected-loss`` (its scores are computed beside those named) or a ``Rule``.
         fold: With scores that need labels: whose validation cases to keep out, or ``all``.
@@ -116,12 +119,8 @@ def select_checkpoint(
         dataset = _training_cases(dataset, fold)
     if output is not None:
         refuse_foreign_folder(output, overwrite)
-    found = _found_checkpoints(checkpoints)
-    encoder = encoder or next((c.architecture for c in found if c.architecture), None)
-    if encoder is None:
-        raise UserError(
-            f"checkpoint {found[0].path} does not say which network it is of. Pass timm's name of it: -encoder NAME."
-        )
+    found = _found_checkpoints(checkpoints, weights)
+    encoder = encoder or next((c.architecture for c in found if c.architecture), None) or architecture_of(found[-1])
     slices = gather_slices(dataset, num_slices, num_cases, seed, with_labels=labelled, skip_bad_cases=skip_bad_cases)
     forwards = 1.0
     if race:
@@ -177,7 +176,7 @@ def _parsed_fold(fold: Any) -> int | str | None:
         raise UserError(f"fold is {fold!r}; it must be a number from 0, 'all' or None.") from None
 
 
-def _found_checkpoints(checkpoints: Sequence[Checkpoint | str | Path] | str | Path) -> list[Checkpoint]:
+def _found_checkpoints(checkpoints: Sequence[Checkpoint | str | Path] | str | Path, weights: str) -> list[Checkpoint]:
     named = [checkpoints] if isinstance(checkpoints, (str, Path)) else list(checkpoints)
     found = [c for c in named if isinstance(c, Checkpoint)]
     paths = [c for c in named if not isinstance(c, Checkpoint)]
@@ -185,7 +184,7 @@ def _found_checkpoints(checkpoints: Sequence[Checkpoint | str | Path] | str | Pa
         raise UserError("checkpoints are given both as found and as paths. Pass one kind.")
     if not named:
         raise UserError("no checkpoint is given. Pass a run's folder, its files, or what find_checkpoints found.")
-    return found or find_checkpoints(paths)
+    return found or find_checkpoints(paths, weights)
 
 
 def _training_cases(dataset: Dataset, fold: int) -> Dataset:

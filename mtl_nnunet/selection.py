@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from mtl_nnunet import __version__
 from mtl_nnunet.bootstrap import INTERVAL
 from mtl_nnunet.cases import Dataset
-from mtl_nnunet.checkpoints import read_contents
+from mtl_nnunet.checkpoints import Published, read_contents
 from mtl_nnunet.chooser import SHIPPED
 from mtl_nnunet.encoder import TimmEncoder
 from mtl_nnunet.errors import UserError, listed
@@ -54,6 +54,8 @@ class Selection:
         created_with: Version of mtl-nnunet that wrote it.
         fold: Whose validation cases were kept out where labels were used, ``all`` where none were, None where no label
             was looked at.
+        licence: Of published weights, where it is stated.
+        published: Name and revision of published weights, or None for a run of one's own.
     """
 
     folder: Path
@@ -67,6 +69,13 @@ class Selection:
     score: dict[str, Any]
     created_with: str
     fold: int | str | None = None
+    licence: str | None = None
+    published: str | None = None
+
+    @property
+    def forbids_commercial_use(self) -> bool:
+        """Whether the licence of the published weights says so."""
+        return Published("", "", None, self.licence).forbids_commercial_use
 
     def record(self) -> dict[str, Any]:
         """Everything but the folder, as it goes into the plans and every model trained from it."""
@@ -76,6 +85,8 @@ class Selection:
     def summary(self) -> str:
         """One line for logs."""
         epoch = "epoch not stated" if self.epoch is None else f"epoch {self.epoch}"
+        if self.published is not None:
+            epoch = f"{self.published}, licence {self.licence or 'not stated'}"
         return (
             f"{self.encoder} from checkpoint {self.checkpoint} ({epoch}, SHA-256 {self.checkpoint_sha256[:12]}), "
             f"encoder.safetensors SHA-256 {self.encoder_sha256[:12]}"
@@ -164,6 +175,7 @@ def read_selection(folder: str | Path) -> Selection:
             score={**content["score"], "value": chosen["value"]},
             created_with=content["versions"]["mtl-nnunet"],
             fold=content.get("labels", {}).get("fold"),
+            **_provenance(chosen.get("published")),
         )
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise UserError(f"{path} is damaged ({error!r}). Run mtl-select-checkpoint again with --overwrite.") from error
@@ -217,7 +229,7 @@ def refuse_foreign_folder(folder: str | Path, overwrite: bool) -> None:
 def _write_encoder(path: Path, ranking: Ranking) -> list[str]:
     checkpoint = ranking.chosen.checkpoint
     assert checkpoint is not None
-    encoder, contents = TimmEncoder(ranking.encoder), read_contents(checkpoint.path)
+    encoder, contents = TimmEncoder(ranking.encoder), read_contents(checkpoint.path, checkpoint.weights)
     # scoring may have stopped before the last layers: what training will load is checked here
     not_loaded = encoder.load_weights(contents.weights, str(checkpoint.path))
     weights = encoder.own_part(contents.weights)
@@ -232,7 +244,7 @@ def _write_encoder(path: Path, ranking: Ranking) -> list[str]:
         save_file(weights, path, metadata={"mtl_nnunet": json.dumps(provenance, sort_keys=True)})
     except SafetensorError as error:
         raise OSError(str(error)) from error
-    return not_loaded
+    return [*not_loaded, *contents.left_out]
 
 
 def _content(
@@ -328,11 +340,21 @@ def _entry(ranked: RankedCheckpoint) -> dict[str, Any]:
         "file": checkpoint.path.name,
         "folder": str(checkpoint.path.parent),
         "epoch": checkpoint.epoch,
+        "step": checkpoint.step,
+        "weights": checkpoint.weights,
         "format": checkpoint.kind,
+        "published": None if checkpoint.published is None else asdict(checkpoint.published),
         "sha256": checkpoint.sha256,
         **_measured(ranked),
         "logged_accuracy": checkpoint.logged_accuracy,
     }
+
+
+def _provenance(published: dict[str, Any] | None) -> dict[str, str | None]:
+    if published is None:
+        return {}
+    about = Published(**published)
+    return {"licence": about.licence, "published": f"{about.name}@{about.revision}" if about.revision else about.name}
 
 
 def _measured(ranked: RankedCheckpoint) -> dict[str, Any]:

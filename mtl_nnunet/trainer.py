@@ -105,6 +105,10 @@ class MTLTrainer(nnUNetTrainer):
                 self.selection = selection_of(self.plans_manager.plans)
             load_selected_encoder(self.selection, network.encoder)
             self.print_to_log_file(f"Encoder weights: {self.selection.summary}.")
+            if self.selection.forbids_commercial_use:
+                self.print_to_log_file(
+                    f"Warning: the encoder's weights ({self.selection.published}) are under {self.selection.licence}, which forbids commercial use."
+                )
         self.print_to_log_file(
             f"Recipe: {self.recipe.summary}; {self._warmup()} of {self.num_epochs} epochs of "
             f"{self.num_iterations_per_epoch} iterations are warm-up, then poly decay; patch size "

@@ -27,7 +27,7 @@ def ranking(
     terms += 0.05 * rng.normal(size=PATIENTS)
     samples = terms @ bootstrap_draws(PATIENTS, 2000, 0).T / PATIENTS
     results = [Scored(float(t.mean()), s) for t, s in zip(terms, samples, strict=True)]
-    candidates = [Checkpoint(Path(f"{e}.pth"), e, "resnet18", "state dict", "") for e in range(1, len(means) + 1)]
+    candidates = [Checkpoint(Path(f"{e}.pth"), e, "resnet18", "state dict") for e in range(1, len(means) + 1)]
     return ranking_of(parse_score(score), "resnet18", [*candidates, None], results, rule or Rule(), PATIENTS)
 
 

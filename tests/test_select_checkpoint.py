@@ -306,8 +306,21 @@ def test_broken_checkpoints_are_named_in_one_line(
     assert "does not fit timm encoder 'resnet18'" in refused(capsys, "-encoder", "resnet18")
     assert "knows no encoder 'resnet5O'" in refused(capsys, "-encoder", "resnet5O")
     assert "no checkpoint in" in refused(capsys, ckpt=dataset)
-    torch.save(content["state_dict"], tmp_path / "plain.pth")
+    torch.save({"conv.weight": torch.ones(8, 3, 3, 3)}, tmp_path / "plain.pth")
     assert "-encoder NAME" in refused(capsys, ckpt=tmp_path / "plain.pth")
+
+
+@pytest.mark.filterwarnings("default::mtl_nnunet.errors.AssumedWarning")
+def test_a_plain_state_dict_tells_its_network_by_its_tensors(
+    dataset: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    torch.save(read_contents(DEMO_RUN / "checkpoint-39.pth.tar").weights, tmp_path / "plain.pth")
+    assert run(ckpt=tmp_path / "plain.pth") == 0
+    said = [
+        line for line in capsys.readouterr().err.splitlines() if "its tensors fit test_resnet, which is taken" in line
+    ]
+    assert len(said) == 1
+    assert read_selection(selection_folder()).encoder == "test_resnet"
 
 
 def test_unknown_score_or_level_is_named_in_one_line(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:

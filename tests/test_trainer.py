@@ -691,3 +691,19 @@ def test_encoder_that_timm_no_longer_knows_is_named(folders: Path) -> None:
     plans = json.loads((folders / "preprocessed" / NAME / "nnUNetPlans.json").read_text())
     with pytest.raises(UserError, match="knows no encoder 'resnet18_of_old'"):
         with_timm_unet(plans, "2d", {"encoder": "resnet18_of_old", "input_channels": 1, "encoder_sha256": "0" * 64})
+
+
+def test_a_licence_that_forbids_commercial_use_is_said_in_the_log(folders: Path) -> None:
+    file = folders / "preprocessed" / NAME / "mtl_selection" / "selection.json"
+    content = json.loads(file.read_text())
+    published = {"name": "timm:a.b", "source": "timm/a.b", "revision": None, "licence": "cc-by-nc-4.0", "epochs": None}
+    for licence, is_said in (("cc-by-nc-4.0", True), ("apache-2.0", False)):
+        content["choice"]["published"] = {**published, "licence": licence}
+        file.write_text(json.dumps(content))
+        trainer = make(MTLTrainer, folders)
+        trainer.initialize()
+        log = Path(trainer.log_file).read_text()
+        assert f"timm:a.b, licence {licence}" in log
+        assert ("forbids commercial use" in log) == is_said
+        shutil.rmtree(folders / "results")
+        (folders / "results").mkdir()

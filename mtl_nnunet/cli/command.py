@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from mtl_nnunet.errors import LeftOutWarning, UserError
+from mtl_nnunet.errors import AssumedWarning, LeftOutWarning, UserError
 
 
 def run(
@@ -56,7 +56,7 @@ def run(
 def _show_warning(
     prog: str, show: Callable[..., None], message: Warning | str, category: type[Warning], *where: Any
 ) -> None:
-    if issubclass(category, LeftOutWarning):
+    if issubclass(category, (LeftOutWarning, AssumedWarning)):
         print(f"{prog}: {message}", file=sys.stderr)
     else:
         show(message, category, *where)

@@ -25,7 +25,19 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument("-d", metavar="DATASET", help="number or name of a dataset in nnUNet_raw, e.g. 4")
     source.add_argument("-i", metavar="FOLDER", help="folder of images, or Decathlon/MONAI datalist, without nnU-Net")
     parser.add_argument(
-        "-ckpt", nargs="+", required=True, metavar="PATH", help="folder of a pretraining run, or its files"
+        "-ckpt",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="folder of a pretraining run, or its files; or published weights: timm:resnet50 (all of that network), "
+        "timm:resnet50.a1_in1k, hf-hub:OWNER/NAME, each with @REVISION if wanted",
+    )
+    parser.add_argument(
+        "-weights",
+        choices=("default", "ema", "trained"),
+        default="default",
+        help="which weights in each file: what its own code would evaluate (default), their moving average (EMA, teacher, key "
+        "encoder), or what gradients trained (student, query encoder)",
     )
     parser.add_argument("-encoder", metavar="NAME", help="timm's name of the encoder, where the checkpoints do not say")
     parser.add_argument(
@@ -144,6 +156,7 @@ def select(args: argparse.Namespace) -> None:
             args.ckpt,
             scores,
             encoder=args.encoder,
+            weights=args.weights,
             output=folder,
             rule=args.rule,
             fold=args.f,
@@ -229,6 +242,8 @@ def _command(args: argparse.Namespace, device: str) -> list[str]:
     for name in ("encoder", "patients"):
         if getattr(args, name):
             words += [f"-{name}", getattr(args, name)]
+    if args.weights != "default":
+        words += ["-weights", args.weights]
     if args.channel_names:
         words += ["-channel_names", *args.channel_names]
     words += ["-score", *(args.score or [_default_score(args)]), "-rule", args.rule]

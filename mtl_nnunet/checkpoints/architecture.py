@@ -1,0 +1,95 @@
+"""Which timm network a state dict is of, told by the names and shapes of its tensors."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping
+from functools import lru_cache
+
+import timm
+import torch
+from torch import Tensor
+
+from mtl_nnunet.checkpoints.checkpoint import Checkpoint
+from mtl_nnunet.checkpoints.file import read_weights
+from mtl_nnunet.errors import AssumedWarning, UserError, listed
+
+# a name that only a family has, and its networks in timm
+FAMILIES = (
+    (r"layers\.\d+\.blocks\.\d+\.attn\.cpb_mlp", ("swinv2_*",)),
+    (r"layers\.\d+\.blocks\.\d+\.attn\.relative_position_bias_table$", ("swin_*", "test_swin*")),
+    (r"stages\.\d+\.blocks\.\d+\.conv_dw", ("convnext*", "test_convnext*")),
+    (
+        r"blocks\.\d+\.\d+\.(?:conv_pw|conv_dw|conv_exp|dw_start|dw_mid)",
+        ("efficientnet*", "mobilenet*", "tf_*", "mixnet*", "test_efficientnet*"),
+    ),
+    (r"s1\.b1\.conv1\.conv\.weight$", ("regnet*",)),
+    (
+        r"layer1\.0\.(?:conv1|bn1)",
+        ("resnet*", "resnext*", "wide_resnet*", "seresnet*", "seresnext*", "ecaresnet*", "test_resnet*"),
+    ),
+)
+# of networks with the same tensors these are the less usual: other padding, strides or normalisation constants
+UNUSUAL = re.compile(r"^tf_|^gc|_pruned$|aa|blur|_rsb?$|_clip|_hnf|_openai|_x$")
+
+
+def inferred_architecture(weights: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """timm networks whose tensors have exactly these names and shapes, classifier aside, the most usual one first.
+
+    Networks may differ in what has no tensor (strides, padding, activations, constants of normalisation), so several can fit.
+
+    Example:
+        >>> import timm
+        >>> inferred_architecture(timm.create_model("test_resnet", num_classes=7).state_dict())
+        ('test_resnet',)
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    families = [patterns for mark, patterns in FAMILIES if any(re.match(mark, name) for name in shapes)]
+    names = dict.fromkeys(name for patterns in families[:1] for p in patterns for name in timm.list_models(p))
+    fitting = [name for name in names if _fits(shapes, _shapes(name))]
+    return tuple(sorted(fitting, key=lambda name: (bool(UNUSUAL.search(name)), len(name), name)))
+
+
+def architecture_of(checkpoint: Checkpoint) -> str:
+    """The network of a checkpoint: as it says, else told by the shapes of its tensors, with a warning that says so.
+
+    Raises:
+        UserError: Neither tells.
+    """
+    if checkpoint.architecture is not None:
+        return checkpoint.architecture
+    fitting = inferred_architecture(read_weights(checkpoint))
+    if not fitting:
+        raise UserError(
+            f"checkpoint {checkpoint.path} does not say which network it is of, and no timm network that is known here has tensors of these "
+            "names and shapes. Pass timm's name of it: -encoder NAME."
+        )
+    others = f" ({listed(list(fitting[1:]), 3)} would fit too)" if len(fitting) > 1 else ""
+    warnings.warn(
+        f"{checkpoint.path} does not say which network it is of: its tensors fit {fitting[0]}{others}, which is taken. "
+        "If it is another: -encoder NAME.",
+        AssumedWarning,
+        stacklevel=2,
+    )
+    return fitting[0]
+
+
+@lru_cache(maxsize=512)
+def _shapes(name: str) -> Mapping[str, tuple[int, ...]] | None:
+    """Names and shapes of a network without its classifier; nothing is allocated."""
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            model = timm.create_model(name, pretrained=False, num_classes=0)
+    except (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError):
+        return None
+    return {k: tuple(v.shape) for k, v in model.state_dict().items()}
+
+
+def _fits(given: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]] | None) -> bool:
+    if wanted is None:
+        return False
+    # a feature pyramid has no use for the final norm, and self-supervised code leaves it out
+    needed = {k: s for k, s in wanted.items() if not re.match(r"(?:head\.|norm\.)", k)}
+    surplus = [k for k in given if k not in wanted and not re.match(r"(?:head|fc|classifier|norm)\.", k)]
+    return not surplus and all(given.get(k) == s for k, s in needed.items())

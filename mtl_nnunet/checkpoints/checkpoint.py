@@ -1,0 +1,106 @@
+"""What is known of a pretraining checkpoint before its weights are used."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from mtl_nnunet.files import sha256
+
+# which of the weights in one file: those that its own code would evaluate, their moving average, those that were trained
+WHICH_WEIGHTS = ("default", "ema", "trained")
+# names that every checkpoint of a run shares: the folder's name tells them apart
+NAMES_IN_FOLDERS = ("model.safetensors", "pytorch_model.bin")
+
+
+@dataclass(frozen=True)
+class Published:
+    """Where published weights come from and under which terms.
+
+    Attributes:
+        name: As a user types it, without the revision: ``timm:resnet50.a1_in1k`` or ``hf-hub:owner/name``.
+        source: Repository on the Hugging Face Hub, or the URL of the file.
+        revision: Commit of the repository, or None for a file with a URL of its own.
+        licence: As the publisher states it, or None where nothing is stated.
+        epochs: Length of the pretraining in epochs, where it is known.
+        recipe: What is known of the pretraining, in words; empty where nothing is.
+    """
+
+    name: str
+    source: str
+    revision: str | None
+    licence: str | None
+    epochs: int | None = None
+    recipe: str = ""
+
+    @property
+    def forbids_commercial_use(self) -> bool:
+        """Whether the licence's name says so; a licence that is only referred to by name has to be read.
+
+        Example:
+            >>> [Published("timm:a", "timm/a", None, x).forbids_commercial_use for x in ("cc-by-nc-4.0", "mit", None)]
+            [True, False, False]
+        """
+        return self.licence is not None and bool(re.search(r"(?:^|-)nc(?:-|$)|non-?commercial", self.licence.lower()))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One pretraining checkpoint: where it lies and what it says of itself.
+
+    Attributes:
+        path: The file.
+        epoch: Pretraining epoch as the run counts it (timm counts from 0), or None where nothing says.
+        architecture: timm's name of the network, or None where nothing says.
+        kind: Its format in words, such as ``timm train.py`` or ``safetensors``.
+        logged_accuracy: ImageNet top-1 in per cent that the run itself logged for this epoch, if it did.
+        step: Optimiser step, where the run says.
+        weights: Which of the file's weights: ``default``, ``ema`` or ``trained``.
+        published: Source, licence and recipe of published weights; None for a run of one's own.
+    """
+
+    path: Path
+    epoch: int | None
+    architecture: str | None
+    kind: str
+    logged_accuracy: float | None = None
+    step: int | None = None
+    weights: str = "default"
+    published: Published | None = None
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the file, computed when first asked for."""
+        return sha256(self.path)
+
+    @property
+    def content_key(self) -> str:
+        """What tells its weights from any other's: the file's hash, and which of the file's weights they are."""
+        return self.sha256 if self.weights == "default" else f"{self.sha256}:{self.weights}"
+
+    @property
+    def label(self) -> str:
+        """What to call it in a table: its epoch, else its step, published name or file name."""
+        if self.epoch is not None:
+            return str(self.epoch)
+        if self.published is not None:
+            return self.published.name.partition(":")[2]
+        if self.step is not None:
+            return f"step {self.step}"
+        return self.path.parent.name if self.path.name in NAMES_IN_FOLDERS else self.path.name
+
+
+def ages(checkpoints: Sequence[Checkpoint | None]) -> list[int | None]:
+    """How far each checkpoint is into its pretraining, by one clock: the epoch where any states one, else the step.
+
+    Example:
+        >>> by_step = [Checkpoint(Path(f"{s}.pt"), None, None, "state dict", step=s) for s in (500, 1000)]
+        >>> ages(by_step)
+        [500, 1000]
+    """
+    if any(c is not None and c.epoch is not None for c in checkpoints):
+        return [None if c is None else c.epoch for c in checkpoints]
+    return [None if c is None else c.step for c in checkpoints]

@@ -1,0 +1,251 @@
+"""A run as users leave it: many files, copies, links, files half written, other runs' files."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import DEMO_RUN
+
+from mtl_nnunet.checkpoints import ages, find_checkpoints, list_checkpoints, read_contents
+from mtl_nnunet.checkpoints import run as run_module
+from mtl_nnunet.cli.main import main
+from mtl_nnunet.errors import AssumedWarning, LeftOutWarning, UserError
+
+
+@pytest.fixture
+def weights() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return timm.create_model("test_resnet", num_classes=5).state_dict()
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Names of the checkpoint files that Python opens while the test runs, by whatever way."""
+    import sys
+
+    names: list[str] = []
+    active = True
+
+    def note(event: str, arguments: tuple[object, ...]) -> None:
+        if (
+            active
+            and event == "open"
+            and isinstance(arguments[0], str)
+            and arguments[0].endswith((".pth.tar", ".pth", ".pt", ".ckpt", ".safetensors"))
+        ):
+            names.append(os.path.basename(arguments[0]))
+
+    # an audit hook stays for the life of the process; the flag switches it off
+    sys.addaudithook(note)
+    original = run_module.read_contents
+
+    def counted(path: Path, which: str = "default"):  # type: ignore[no-untyped-def]
+        # safetensors opens files below Python
+        names.append(Path(path).name)
+        return original(path, which)
+
+    monkeypatch.setattr(run_module, "read_contents", counted)
+    yield names
+    active = False
+
+
+@pytest.mark.parametrize(
+    "name", ["checkpoint-{}.pth.tar", "epoch={}-step={}00.ckpt", "checkpoint_{:04d}.pth.tar", "resnet_{}.pth"]
+)
+def test_300_files_are_listed_without_reading_them(
+    tmp_path: Path, weights: dict[str, torch.Tensor], opened: list[str], name: str
+) -> None:
+    file = tmp_path / name.format(299, 300)
+    torch.save({"state_dict": weights, "epoch": 299, "arch": "test_resnet"}, file)
+    for epoch in range(299):
+        # the content is that of no checkpoint: who reads it, fails
+        (tmp_path / name.format(epoch, epoch + 1)).write_bytes(b"not read")
+    (tmp_path / "last.pth.tar").hardlink_to(file)
+    opened.clear()
+    listing = list_checkpoints(tmp_path)
+    assert [c.epoch for c in listing.checkpoints] == list(range(300))
+    assert {c.architecture for c in listing.checkpoints} == {"test_resnet"}
+    assert len(set(opened)) <= 2, "the latest file, and last, whose name does not say its epoch"
+
+
+def test_listing_says_what_finding_says(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(list_checkpoints(DEMO_RUN).checkpoints) == find_checkpoints(DEMO_RUN)
+    capsys.readouterr()
+    assert main(["checkpoints", str(DEMO_RUN)]) == 0
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[0].split() == ["epoch", "step", "size", "logged", "top-1", "file"]
+    assert [line.split()[0] for line in lines[1:7]] == ["0", "3", "8", "16", "25", "39"]
+    assert lines[1].split()[-3:] == ["4.68", "%", "checkpoint-0.pth.tar"]
+    assert lines[7].startswith("architecture: test_resnet; 394,183 parameters")
+    assert "34 of them have no checkpoint any more: 1 to 2, 4 to 7" in err
+    assert "--checkpoint-hist" in err
+
+
+def test_a_hash_is_not_computed_until_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mtl_nnunet.checkpoints import checkpoint as module
+
+    monkeypatch.setattr(module, "sha256", lambda path: f"hash of {path.name}")
+    (found,) = find_checkpoints(DEMO_RUN / "checkpoint-3.pth.tar")
+    assert "sha256" not in vars(found)
+    assert found.sha256 == found.content_key == "hash of checkpoint-3.pth.tar"
+
+
+def test_timm_keeps_ten_and_the_listing_says_so(tmp_path: Path, weights: dict[str, torch.Tensor]) -> None:
+    model = timm.create_model("test_resnet", num_classes=5)
+    saver = timm.utils.CheckpointSaver(
+        model,
+        torch.optim.SGD(model.parameters(), 0.1),
+        args=argparse.Namespace(model="test_resnet"),
+        checkpoint_dir=str(tmp_path),
+        recovery_dir=str(tmp_path),
+    )
+    for epoch in range(14):
+        saver.save_checkpoint(epoch, float(epoch))
+    saver.save_recovery(14, 200)
+    listing = list_checkpoints(tmp_path)
+    assert [c.epoch for c in listing.checkpoints] == list(range(4, 14))
+    said = " ".join(listing.notes)
+    assert "keeps its 10 best checkpoints" in said
+    assert "recovery-14-200.pth.tar" in said
+    assert [c.epoch for c in find_checkpoints(tmp_path)] == list(range(4, 14))
+
+
+def test_best_counts_once_where_it_is_the_same_tensors(tmp_path: Path, weights: dict[str, torch.Tensor]) -> None:
+    for epoch in (1, 2):
+        torch.save(
+            {"state_dict": {k: v + epoch for k, v in weights.items()}, "epoch": epoch}, tmp_path / f"epoch_{epoch}.pth"
+        )
+    # other bytes, the same tensors, and no epoch of its own
+    torch.save({k: v + 2 for k, v in weights.items()}, tmp_path / "model_best.pth")
+    assert [c.path.name for c in find_checkpoints(tmp_path)] == ["epoch_1.pth", "epoch_2.pth"]
+    torch.save({k: v + 3 for k, v in weights.items()}, tmp_path / "model_best.pth")
+    assert [c.label for c in find_checkpoints(tmp_path)] == ["1", "2", "model_best.pth"]
+    torch.save({"state_dict": weights, "epoch": 2}, tmp_path / "model_best.pth")
+    with pytest.warns(
+        LeftOutWarning, match=r"model_best\.pth says it is epoch 2, as epoch_2\.pth does, and holds other weights"
+    ):
+        assert len(find_checkpoints(tmp_path)) == 2
+
+
+def test_links(tmp_path: Path) -> None:
+    elsewhere = shutil.copytree(DEMO_RUN, tmp_path / "elsewhere")
+    run = tmp_path / "run"
+    run.mkdir()
+    for file in elsewhere.glob("*.tar"):
+        (run / file.name).symlink_to(file)
+    (run / "last.pth.tar").symlink_to(run / "checkpoint-39.pth.tar")
+    assert [c.epoch for c in find_checkpoints(run)] == [0, 3, 8, 16, 25, 39]
+    (run / "around.pth").symlink_to(run / "around.pth")
+    (elsewhere / "checkpoint-3.pth.tar").unlink()
+    with pytest.warns(LeftOutWarning, match=r"files that are gone are left out: around\.pth, checkpoint-3\.pth\.tar"):
+        assert [c.epoch for c in find_checkpoints(run)] == [0, 8, 16, 25, 39]
+    with pytest.raises(
+        UserError,
+        match=r"no such checkpoint file or folder: .*checkpoint-3\.pth\.tar\. It is a link to a file that is gone",
+    ):
+        find_checkpoints(run / "checkpoint-3.pth.tar")
+
+
+def test_files_being_written(tmp_path: Path, weights: dict[str, torch.Tensor]) -> None:
+    torch.save({"state_dict": weights, "epoch": 1, "arch": "test_resnet"}, tmp_path / "epoch_1.pth")
+    whole = (tmp_path / "epoch_1.pth").read_bytes()
+    # names that savers use until a file is whole
+    for name in ("tmp.pth.tar", ".epoch_2.pth", "epoch_2.pth.part", "model.safetensors.incomplete"):
+        (tmp_path / name).write_bytes(whole[:1000])
+    assert len(find_checkpoints(tmp_path)) == 1
+    # a writer that uses the final name
+    growing = tmp_path / "epoch_2.pth"
+    for part in (b"", whole[:10], whole[: len(whole) // 2], whole[:-1]):
+        growing.write_bytes(part)
+        with pytest.raises(
+            UserError, match=r"epoch_2\.pth .*It was changed \d+ s ago: if the run is still writing it, try again"
+        ):
+            find_checkpoints(tmp_path)
+        listing = list_checkpoints(tmp_path)
+        assert [c.epoch for c in listing.checkpoints] == [1, 2]
+        assert {c.architecture for c in listing.checkpoints} == {"test_resnet"}, "the latest that can be read tells"
+        assert any("epoch_2.pth" in note and "try again" in note for note in listing.notes)
+    an_hour_ago = time.time() - 3600
+    os.utime(growing, (an_hour_ago, an_hour_ago))
+    with pytest.raises(UserError, match=r"truncated, damaged or not a PyTorch or safetensors file\. Copy it again"):
+        find_checkpoints(tmp_path)
+
+
+def test_a_file_that_the_run_deletes_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = shutil.copytree(DEMO_RUN, tmp_path / "run")
+    original = run_module.read_contents
+
+    def read(path: Path, which: str = "default"):  # type: ignore[no-untyped-def]
+        (run / "checkpoint-25.pth.tar").unlink(missing_ok=True)
+        return original(path, which)
+
+    monkeypatch.setattr(run_module, "read_contents", read)
+    with pytest.raises(
+        UserError, match=r"checkpoint-25\.pth\.tar cannot be opened: No such file.*still writing or deleting"
+    ):
+        find_checkpoints(run)
+
+
+def test_two_runs_in_one_folder(tmp_path: Path, weights: dict[str, torch.Tensor]) -> None:
+    for name in ("resnet_seed1_epoch_1.pth", "resnet_seed1_epoch_2.pth", "other_epoch_3.pth"):
+        torch.save(weights, tmp_path / name)
+    with pytest.warns(AssumedWarning, match="names of 2 kinds"):
+        assert [c.epoch for c in find_checkpoints(tmp_path)] == [1, 2, 3]
+    torch.save(weights, tmp_path / "other_epoch_2.pth")
+    with pytest.raises(UserError, match="2 checkpoints say they are epoch 2"):
+        find_checkpoints(tmp_path)
+    assert any("2 files say they are epoch 2" in note for note in list_checkpoints(tmp_path).notes)
+    (tmp_path / "other_epoch_2.pth").unlink()
+    torch.save(
+        {"state_dict": timm.create_model("test_convnext").state_dict(), "arch": "test_convnext"},
+        tmp_path / "epoch_7.pth",
+    )
+    torch.save({"state_dict": weights, "arch": "test_resnet"}, tmp_path / "epoch_8.pth")
+    with pytest.raises(UserError, match="different architectures cannot be ranked together"):
+        find_checkpoints(tmp_path)
+
+
+def test_a_number_that_is_a_size_is_no_epoch_where_the_file_knows_better(
+    tmp_path: Path, weights: dict[str, torch.Tensor]
+) -> None:
+    torch.save({"state_dict": weights, "epoch": 7}, tmp_path / "resnet_50.pth")
+    (found,) = find_checkpoints(tmp_path)
+    assert found.epoch == 7
+
+
+@pytest.mark.parametrize("make", [lambda f: f.mkdir(), lambda f: (f / "a").mkdir(parents=True), lambda f: f.touch()])
+def test_nothing_there(tmp_path: Path, make: Callable[[Path], None], capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path / "run.pth")
+    assert main(["checkpoints", str(tmp_path / "run.pth")]) == 1
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    with pytest.raises(UserError, match=r"run\.pth"):
+        find_checkpoints(tmp_path / "run.pth")
+
+
+def test_steps_order_where_no_epoch_is_stated(tmp_path: Path, weights: dict[str, torch.Tensor]) -> None:
+    for step in (900, 1000, 20000):
+        torch.save(weights, tmp_path / f"iter_{step}.pth")
+    found = find_checkpoints(tmp_path)
+    assert ages(found) == [900, 1000, 20000]
+    assert [c.label for c in found] == ["step 900", "step 1000", "step 20000"]
+
+
+def test_companions_of_a_run_are_not_read(tmp_path: Path, weights: dict[str, torch.Tensor]) -> None:
+    torch.save(weights, tmp_path / "epoch_1.pth")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "scaler.pt", "optimizer_1.pt"):
+        (tmp_path / name).write_bytes(b"no weights")
+    assert len(find_checkpoints(tmp_path)) == 1
+
+
+def test_which_weights_are_a_closed_list() -> None:
+    with pytest.raises(UserError, match="'teacher' is none of default, ema, trained"):
+        read_contents(DEMO_RUN / "checkpoint-0.pth.tar", "teacher")
