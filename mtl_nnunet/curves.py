@@ -152,8 +152,8 @@ def read_curves(downstream: Path, scores: Path | None = None) -> list[Curve]:
 def _warn_of_lost(rows: list[int], lost: set[tuple[str, ...]], downstream: Path, scores: Path | None) -> None:
     if rows:
         warnings.warn(
-            f"{downstream}: {len(rows)} rows of averaged or random weights are left out, since no checkpoint has their dataset, "
-            f"encoder and state (line {_line(rows[0])} is the first).",
+            f"{downstream}: rows of averaged or random weights are left out, since no checkpoint has their dataset, encoder and "
+            f"state ({len(rows)}, the first in line {_line(rows[0])}).",
             LeftOutWarning,
             stacklevel=3,
         )
