@@ -20,7 +20,19 @@ from mtl_nnunet.errors import UserError
 from mtl_nnunet.files import written_atomically
 
 # slices are named by their content, whichever code made them
-DECIDING = ("bootstrap", "checkpoints/names", "embedding", "encoder", "pixels", "ranking", "views")
+DECIDING = (
+    *(
+        "bootstrap",
+        "checkpoints/file",
+        "checkpoints/names",
+        "embedding",
+        "encoder",
+        "paper_resnet",
+        "pixels",
+        "ranking",
+    ),
+    "views",
+)
 
 
 @dataclass(frozen=True)

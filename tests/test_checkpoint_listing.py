@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 from conftest import DEMO_RUN
+from safetensors.torch import save_file
 
 from mtl_nnunet.checkpoints import ages, find_checkpoints, list_checkpoints, read_contents
 from mtl_nnunet.checkpoints import run as run_module
@@ -249,3 +250,62 @@ def test_companions_of_a_run_are_not_read(tmp_path: Path, weights: dict[str, tor
 def test_which_weights_are_a_closed_list() -> None:
     with pytest.raises(UserError, match="'teacher' is none of default, ema, trained"):
         read_contents(DEMO_RUN / "checkpoint-0.pth.tar", "teacher")
+
+
+def weights_of(seed: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(seed)
+    return timm.create_model("test_resnet", num_classes=5).state_dict()
+
+
+def test_names_that_do_not_run_with_the_epochs_inside_are_not_believed(tmp_path: Path) -> None:
+    for number, epoch in ((1, 90), (2, 40), (3, 70)):
+        torch.save(
+            {"arch": "test_resnet", "epoch": epoch, "state_dict": weights_of(epoch)}, tmp_path / f"model_{number}.pth"
+        )
+    with pytest.warns(AssumedWarning, match="not the epochs"):
+        found = find_checkpoints([tmp_path])
+    assert [(c.epoch, c.path.name) for c in found] == [(40, "model_2.pth"), (70, "model_3.pth"), (90, "model_1.pth")]
+
+
+def test_steps_with_a_last_file_that_states_its_epoch_go_by_steps(tmp_path: Path) -> None:
+    for step in (500, 1000):
+        torch.save({"arch": "test_resnet", "state_dict": weights_of(step)}, tmp_path / f"step_{step}.pth")
+    torch.save({"arch": "test_resnet", "epoch": 1, "state_dict": weights_of(1000)}, tmp_path / "last.pth")
+    assert [c.path.name for c in find_checkpoints([tmp_path])] == ["step_500.pth", "step_1000.pth"]
+
+
+def test_what_a_trainer_saves_beside_its_checkpoints_is_no_further_one(tmp_path: Path) -> None:
+    folder = tmp_path / "resnet-50"
+    for step in (100, 200):
+        (folder / f"checkpoint-{step}").mkdir(parents=True)
+        save_file(weights_of(step), folder / f"checkpoint-{step}" / "model.safetensors")
+    save_file(weights_of(100), folder / "model.safetensors")
+    with pytest.warns(LeftOutWarning, match="repeats one"):
+        found = find_checkpoints([folder])
+    assert [c.path.parent.name for c in found] == ["checkpoint-100", "checkpoint-200"]
+    (alone,) = find_checkpoints([folder / "model.safetensors"])
+    assert alone.epoch is None, "50 is the network's depth"
+
+
+def test_a_teacher_without_a_student_is_another_network(tmp_path: Path) -> None:
+    own, other = weights_of(1), weights_of(2)
+    both = {**{f"model.{k}": v for k, v in own.items()}, **{f"teacher.{k}": v for k, v in other.items()}}
+    torch.save({"state_dict": both}, tmp_path / "epoch=1.ckpt")
+    torch.save({"model": own, "teacher": other, "epoch": 1}, tmp_path / "distilled.pth")
+    for name in ("epoch=1.ckpt", "distilled.pth"):
+        held = read_contents(tmp_path / name).weights
+        assert torch.equal(held["conv1.0.weight"], own["conv1.0.weight"])
+
+
+def test_tensors_with_and_without_a_wrapper_are_not_mixed(tmp_path: Path) -> None:
+    own = weights_of(1)
+    twice = {**own, **{f"_orig_mod.{k}": v + 1 for k, v in own.items()}}
+    torch.save(twice, tmp_path / "checkpoint-1.pth.tar")
+    with pytest.raises(UserError, match="twice"):
+        read_contents(tmp_path / "checkpoint-1.pth.tar")
+
+
+def test_a_timm_run_below_one_per_cent_is_not_taken_for_shares(tmp_path: Path) -> None:
+    torch.save({"arch": "test_resnet", "epoch": 0, "state_dict": weights_of(0)}, tmp_path / "checkpoint-0.pth.tar")
+    (tmp_path / "summary.csv").write_text("epoch,eval_top1\n0,0.9\n")
+    assert find_checkpoints([tmp_path])[0].logged_accuracy == 0.9

@@ -241,7 +241,7 @@ def _own_provenance(metadata: dict[str, str]) -> dict[str, str]:
 def _weights_held(content: Mapping[Any, Any], which: str, path: Path) -> tuple[Mapping[Any, Any], str | None]:
     """The state dict inside a checkpoint, and under which key it lies."""
     pair = [k for k in PAIR if isinstance(content.get(k), Mapping)]
-    if pair:
+    if len(pair) == len(PAIR) or (pair and not any(isinstance(content.get(k), Mapping) for k in WEIGHT_KEYS)):
         return {f"{k}.{n}" if isinstance(n, str) else n: v for k in pair for n, v in content[k].items()}, None
     if which == "ema":
         for key in EMA_KEYS:

@@ -15,20 +15,13 @@ import yaml
 from mtl_nnunet.checkpoints.file import architecture_in, timm_name
 
 SETTINGS = ("args.yaml", "hparams.yaml", "config.json")
-# names of the columns that hold validation accuracy, by file: timm; Lightning's CSVLogger; DeiT's and ConvNeXt's code
+# names of the columns that hold validation accuracy: in per cent (timm; DeiT's and ConvNeXt's code), and by users' choice
+# (Lightning's CSVLogger, Hugging Face's Trainer)
+PER_CENT = ("eval_top1", "test_acc1")
 ACCURACY = (
-    *(
-        "eval_top1",
-        "val_acc",
-        "val/acc",
-        "val_accuracy",
-        "val/accuracy",
-        "val_top1",
-        "val/top1",
-        "val_acc1",
-        "val/acc1",
-    ),
-    *("test_acc1", "eval_accuracy", "eval_top1_accuracy"),
+    *PER_CENT,
+    *("val_acc", "val/acc", "val_accuracy", "val/accuracy", "val_top1", "val/top1", "val_acc1", "val/acc1"),
+    *("eval_accuracy", "eval_top1_accuracy"),
 )
 
 
@@ -71,8 +64,8 @@ def read_run_log(folder: Path, last: Path | None = None) -> RunLog:
     # Lightning writes its logs one or two folders up
     places = [folder, *([folder.parent] if folder.name == "checkpoints" else [])]
     trainer = _json(last.parent / "trainer_state.json") if last is not None else {}
-    by_epoch: dict[int, float] = {}
-    by_step: dict[int, float] = {}
+    by_epoch: dict[int, tuple[str, float]] = {}
+    by_step: dict[int, tuple[str, float]] = {}
     for place in places:
         for row in (*_rows(place / "summary.csv"), *_rows(place / "metrics.csv"), *_lines(place / "log.txt")):
             _note(row, by_epoch, by_step)
@@ -137,15 +130,17 @@ def _lines(path: Path) -> Iterator[Mapping[str, Any]]:
             return
 
 
-def _note(row: Mapping[str, Any], by_epoch: dict[int, float], by_step: dict[int, float]) -> None:
-    top1 = next((value for key in ACCURACY if (value := _number(row.get(key))) is not None), None)
+def _note(
+    row: Mapping[str, Any], by_epoch: dict[int, tuple[str, float]], by_step: dict[int, tuple[str, float]]
+) -> None:
     # a run that diverged logs NaN
-    if top1 is None:
+    logged = next(((key, value) for key in ACCURACY if (value := _number(row.get(key))) is not None), None)
+    if logged is None:
         return
     for column, kept in (("epoch", by_epoch), ("step", by_step)):
         at = _number(row.get(column))
         if at is not None and at == round(at):
-            kept[round(at)] = top1
+            kept[round(at)] = logged
 
 
 def _number(value: Any) -> float | None:
@@ -156,6 +151,7 @@ def _number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _in_per_cent(logged: dict[int, float]) -> dict[int, float]:
-    # Lightning and Hugging Face log shares
-    return {k: 100 * v for k, v in logged.items()} if logged and max(logged.values()) <= 1 else logged
+def _in_per_cent(logged: Mapping[int, tuple[str, float]]) -> dict[int, float]:
+    # a timm run below 1 % is no run of shares
+    are_shares = all(key not in PER_CENT and value <= 1 for key, value in logged.values())
+    return {at: 100 * value if are_shares else value for at, (_, value) in logged.items()}

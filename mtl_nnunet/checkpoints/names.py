@@ -67,7 +67,7 @@ def encoder_tensors(weights: Mapping[str, Any], which: str = "default") -> tuple
     inside = ""
     weights = _without_wrappers(weights)
     while True:
-        prefix = next((p for p in ENCODERS[which] if _is_encoder(weights, p)), None)
+        prefix = next((p for p in _prefixes(weights, which) if _is_encoder(weights, p)), None)
         if prefix is None:
             break
         left_out += [inside + k for k in weights if not k.startswith(prefix)]
@@ -125,7 +125,21 @@ def _without_wrappers(weights: Mapping[str, Any]) -> dict[str, Any]:
     stripped = {WRAPPERS.sub("", k): v for k, v in weights.items() if k != "n_averaged"}
     while stripped and all(k.startswith("module.") for k in stripped):
         stripped = {WRAPPERS.sub("", k[len("module.") :]): v for k, v in stripped.items()}
+    if len(stripped) < len(weights) - ("n_averaged" in weights):
+        raise UserError(
+            "it holds some tensors twice, with and without the prefix of a wrapper (_orig_mod., module.). Save the state dict of "
+            "one of them"
+        )
     return stripped
+
+
+def _prefixes(weights: Mapping[str, Any], which: str) -> tuple[str, ...]:
+    # a teacher without a student is another network that was distilled from, not the average of this one
+    is_pair = any(k.startswith(("student.", "student_backbone.")) for k in weights)
+    if which == "default" and not is_pair:
+        teachers = ("teacher_backbone.", "teacher.")
+        return (*(p for p in ENCODERS[which] if p not in teachers), *teachers)
+    return ENCODERS[which]
 
 
 def _is_encoder(weights: Mapping[str, Any], prefix: str) -> bool:

@@ -16,7 +16,6 @@ from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
@@ -285,7 +284,8 @@ def _or_explain(fetch: Callable[[], Any], candidate: Checkpoint) -> Any:
         reason, cause = "there is no such revision", error
     except RepositoryNotFoundError as error:
         reason, cause = "there is no such repository, or it is private", error
-    except (HFValidationError, HfHubHTTPError, OSError, RuntimeError) as error:
+    except Exception as error:
+        # proxies and connections fail in the words of whichever HTTP library is underneath
         reason, cause = (str(error).strip().splitlines() or [type(error).__name__])[0][:150], error
     raise UserError(_how_to_bring(about, candidate.architecture or "NAME", where, reason)) from cause
 

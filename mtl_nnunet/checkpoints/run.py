@@ -85,6 +85,8 @@ def find_checkpoints(paths: str | Path | Sequence[str | Path], weights: str = "d
         UserError: Nothing found, a file that cannot be read, two files of one epoch, or two architectures.
     """
     named = [paths] if isinstance(paths, (str, Path)) else list(paths)
+    if weights != "default" and any(is_published_name(name) for name in named):
+        raise UserError(f"-weights {weights} goes with files of a run: published weights are one set. Leave it out.")
     published = [c for name in named if is_published_name(name) for c in find_published(str(name))]
     files = _files_of([Path(p) for p in named if not is_published_name(p)])
     # closed also when a file is refused, so that the message gets a line of its own
@@ -172,8 +174,16 @@ def _files_of_run(folder: Path) -> list[Path]:
     inside = sorted(folder.iterdir())
     files = [f for f in inside if is_checkpoint_name(f.name) and f.is_file()]
     folders = [d for d in inside if d.is_dir() and d.name[0] != "."]
-    # Hugging Face and Accelerate give each checkpoint a folder
-    files += [w for d in folders if (w := _weights_in(d)) is not None]
+    # Hugging Face and Accelerate give each checkpoint a folder, and put the best or last one beside them once more
+    in_folders = [w for d in folders if (w := _weights_in(d)) is not None]
+    beside = [f for f in files if f.name in NAMES_IN_FOLDERS]
+    files = [f for f in files if f not in (beside if in_folders else beside[1:])] + in_folders
+    if in_folders and beside:
+        warnings.warn(
+            f"{beside[0]} is left out: it repeats one of the checkpoints in the folders beside it. Pass it alone to use it.",
+            LeftOutWarning,
+            stacklevel=2,
+        )
     if broken := [f.name for f in inside if is_checkpoint_name(f.name) and f.is_symlink() and not f.exists()]:
         warnings.warn(
             f"links in {folder} to files that are gone are left out: {listed(broken)}.", LeftOutWarning, stacklevel=2
@@ -210,7 +220,9 @@ def _by_name(path: Path) -> _Named:
         # Hugging Face's Trainer names its folders by the step
         epoch, step = None, epoch
     is_sure = epoch is not None or step is not None
-    return _Named(path, epoch if is_sure else epoch_in_name(name), step, is_sure, is_copy_name(name))
+    # a folder's bare number may be a size or a seed
+    guess = None if path.name in NAMES_IN_FOLDERS else epoch_in_name(name)
+    return _Named(path, epoch if is_sure else guess, step, is_sure, is_copy_name(name))
 
 
 def _described(
@@ -224,6 +236,14 @@ def _described(
         if f.is_sure and f.epoch is not None and (read := contents.get(f.path)) and read.epoch is not None
     )
     shift = shifts.most_common(1)[0][0] if shifts else 0
+    # numbers in names that do not run with the epochs inside count something else
+    names_mislead = len(shifts) > 1
+    if names_mislead:
+        warnings.warn(
+            f"the numbers in the names of {files[0].path.parent} are not the epochs that the files state: taken are those that they state.",
+            AssumedWarning,
+            stacklevel=3,
+        )
     read_one = next(iter(contents.values()), None)
     logs = {
         folder: _log_of([f for f in files if _run_folder(f.path) == folder])
@@ -235,6 +255,8 @@ def _described(
         epoch, step = file.epoch, file.step if file.step is not None or read is None else read.step
         if epoch is None and step is not None and file.step is not None:
             epoch = log.epoch_of(step)
+        elif names_mislead and read is not None and read.epoch is not None:
+            epoch = read.epoch
         elif not file.is_sure and read is not None and read.epoch is not None:
             epoch = read.epoch - shift if file.is_copy and read.epoch >= shift else read.epoch
         about = read or read_one
@@ -270,9 +292,9 @@ def _on_one_clock(checkpoints: list[Checkpoint], copies: list[bool]) -> list[Che
     """By steps where some epochs have several checkpoints, or some checkpoints lie inside an epoch."""
     own = [c for c, is_copy in zip(checkpoints, copies, strict=True) if not is_copy]
     several = any(len({c.step for c in group}) == len(group) for group in _repeated(own).values())
-    inside = any(c.epoch is None for c in own) and any(c.epoch is not None for c in own)
-    if (several or inside) and all(c.step is not None for c in own):
-        return [replace(c, epoch=None) if c.step is not None else c for c in checkpoints]
+    inside = any(c.epoch is None for c in own)
+    if own and (several or inside) and all(c.step is not None for c in own):
+        return [replace(c, epoch=None) for c in checkpoints]
     return checkpoints
 
 
