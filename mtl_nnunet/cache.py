@@ -21,16 +21,14 @@ from mtl_nnunet.files import written_atomically
 
 # slices are named by their content, whichever code made them
 DECIDING = (
-    *(
-        "bootstrap",
-        "checkpoints/file",
-        "checkpoints/names",
-        "embedding",
-        "encoder",
-        "paper_resnet",
-        "pixels",
-        "ranking",
-    ),
+    "bootstrap",
+    "checkpoints/file",
+    "checkpoints/names",
+    "embedding",
+    "encoder",
+    "paper_resnet",
+    "pixels",
+    "ranking",
     "views",
 )
 

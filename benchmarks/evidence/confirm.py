@@ -32,7 +32,7 @@ from mtl_nnunet.checkpoints import find_checkpoints
 from mtl_nnunet.curves import SCRATCH
 
 sys.path.append(str(Path(__file__).parents[1]))
-from recipes import validate
+from recipes import train_and_validate
 
 NUMBER = 904
 PLANS, SMALL_PLANS = "nnUNetPlans", "nnUNetPlansSmall"
@@ -139,24 +139,16 @@ def command(program: str, *options: object) -> None:
 
 def trained_and_tested(dataset: Path, plans_name: str, key: list[object], args: argparse.Namespace) -> float:
     """Mean Dice on the test patients of one training."""
-    from mtl_nnunet.variants import VARIANTS
-
     epoch, seed = key[5], int(str(key[6]))
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    plans = json.loads((dataset / f"{plans_name}.json").read_text())
-    plans["continue_training"] = False
-    cls = VARIANTS["MTLTrainerScratch" if epoch == SCRATCH else "MTLTrainer"]
+    # as recipes.py takes them from its command line
+    how = argparse.Namespace(
+        p=plans_name, c="2d", f=seed, epochs=args.training_epochs, iterations=args.iterations, device=args.device
+    )
     with contextlib.redirect_stdout(io.StringIO()):
-        description = json.loads((dataset / "dataset.json").read_text())
-        trainer = cls(plans, "2d", seed, description, torch.device(args.device))
-        trainer.num_epochs = args.training_epochs
-        trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = args.iterations, 1
-        trainer.disable_checkpointing = True
-        trainer.logger.plot_progress_png = lambda *_: None
-        trainer.run_training()
-    return validate(trainer)
+        return train_and_validate(dataset, "SCRATCH" if epoch == SCRATCH else "", how)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 from mtl_nnunet.checkpoints.architecture import architecture_of, inferred_architecture
 from mtl_nnunet.checkpoints.checkpoint import WHICH_WEIGHTS, Checkpoint, Published, ages
 from mtl_nnunet.checkpoints.file import Contents, read_contents, read_weights
+from mtl_nnunet.checkpoints.filenames import epoch_in_name
 from mtl_nnunet.checkpoints.published import find_published, is_published_name, list_published
-from mtl_nnunet.checkpoints.run import Listing, epoch_in_name, find_checkpoints, list_checkpoints
+from mtl_nnunet.checkpoints.run import Listing, find_checkpoints, list_checkpoints
 
 __all__ = [
     "WHICH_WEIGHTS",

@@ -32,8 +32,6 @@ from mtl_nnunet.checkpoints.logs import RunLog, read_run_log
 from mtl_nnunet.checkpoints.published import find_published, is_published_name, list_published
 from mtl_nnunet.errors import AssumedWarning, LeftOutWarning, UserError, listed
 
-__all__ = ["Listing", "epoch_in_name", "find_checkpoints", "list_checkpoints"]
-
 # files that a listing may open: the latest one, and those whose names do not say their epoch
 MOST_READ = 8
 JUST_NOW_SECONDS = 10
