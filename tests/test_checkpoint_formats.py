@@ -573,6 +573,14 @@ def test_resnet_in_a_sequential_as_in_lightlys_documentation(tmp_path: Path) -> 
     assert inferred_architecture(read_contents(tmp_path / "epoch=99-step=100.ckpt").weights)[0] == "resnet18"
 
 
+@pytest.mark.parametrize(
+    "name", ["convnext_atto", "efficientnet_b0", "mobilenetv3_small_050", "regnetx_002", "regnety_002", "test_resnet"]
+)
+def test_a_network_of_each_family_is_told_by_its_tensors(name: str) -> None:
+    # on an image classifier's tensors, and nothing else
+    assert name in inferred_architecture(timm.create_model(name).state_dict())
+
+
 # plain data of packages that need not be here
 
 

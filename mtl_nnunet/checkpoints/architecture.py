@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
+from typing import Any
 
 import timm
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from mtl_nnunet.checkpoints.checkpoint import Checkpoint
 from mtl_nnunet.checkpoints.file import read_weights
@@ -75,11 +77,21 @@ def architecture_of(checkpoint: Checkpoint) -> str:
     return fitting[0]
 
 
+class _NumbersOnCPU(TorchFunctionMode):
+    """Ranges and lists of numbers keep their values where all else has shapes only: RegNets compute their widths from them."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        numbers = (torch.arange, torch.linspace, torch.tensor)
+        return func(*args, **{**({"device": "cpu"} if func in numbers else {}), **(kwargs or {})})
+
+
 @lru_cache(maxsize=512)
 def _shapes(name: str) -> Mapping[str, tuple[int, ...]] | None:
-    """Names and shapes of a network without its classifier; nothing is allocated."""
+    """Names and shapes of a network without its classifier; no weight is allocated."""
     try:
-        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        with torch.device("meta"), _NumbersOnCPU(), torch.random.fork_rng(devices=[]):
             model = timm.create_model(name, pretrained=False, num_classes=0)
     except (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError):
         return None
