@@ -164,14 +164,30 @@ def fit_model(curves: Sequence[Curve], scores: Sequence[str] = ()) -> Model:
 
 
 def seed_variances(curves: Sequence[Curve]) -> list[np.ndarray]:
-    """Variance of each mean Dice due to the training seed, shape (K,) a curve; one seed borrows from the other curves."""
-    pooled = []
-    for c in curves:
-        with_several = np.isfinite(c.dice).sum(1) > 1
-        pooled.append(np.nanvar(c.dice[with_several], axis=1, ddof=1).mean() if with_several.any() else np.nan)
+    """Variance of each mean Dice due to the training seed, shape (K,) a curve; one seed borrows from the other curves.
+
+    What a seed does to all checkpoints alike (an easy draw of training cases) decides nothing, so it is taken out: the variance is
+    that of the residuals of Dice = checkpoint + seed.
+    """
+    pooled = [_residual_variance(c.dice) for c in curves]
     known = [v for v in pooled if np.isfinite(v)]
     usual = float(np.median(known)) if known else 1e-5
     return [(v if np.isfinite(v) else usual) / np.isfinite(c.dice).sum(1) for v, c in zip(pooled, curves, strict=True)]
+
+
+def _residual_variance(dice: np.ndarray) -> float:
+    """Of a table (K, S) with gaps, after checkpoint and seed means are fitted; NaN where nothing is left over.
+
+    Example:
+        >>> round(_residual_variance(np.array([[0.1, 0.3], [0.2, 0.4], [0.1, np.nan]])), 12)
+        0.0
+    """
+    checkpoint, seed = np.nonzero(np.isfinite(dice))
+    design = np.c_[np.eye(len(dice))[checkpoint], np.eye(dice.shape[1])[seed]]
+    values = dice[checkpoint, seed]
+    fitted, _, rank, _ = np.linalg.lstsq(design, values, rcond=None)
+    left = len(values) - int(rank)
+    return float(((values - design @ fitted) ** 2).sum() / left) if left else float("nan")
 
 
 def hold_out(curves: Sequence[Curve], scores: Sequence[str], by: str) -> list[HeldOut]:

@@ -24,7 +24,7 @@ from mtl_nnunet.chooser import (
     trends,
     write_chooser,
 )
-from mtl_nnunet.chooser_fit import fit_model, fit_state, hold_out, stretch, verdict
+from mtl_nnunet.chooser_fit import fit_model, fit_state, hold_out, seed_variances, stretch, verdict
 from mtl_nnunet.cli.main import main
 from mtl_nnunet.curves import Curve, read_curves
 from mtl_nnunet.errors import UserError
@@ -377,3 +377,23 @@ def test_published_tables() -> None:
     assert 0.8 <= told.coverage <= 1
     assert told.last == pytest.approx(0.0024, abs=2e-4)
     assert told.free_regret <= 1.2 * told.last
+
+
+def test_what_a_seed_does_to_all_checkpoints_alike_is_no_noise() -> None:
+    rng = np.random.default_rng(0)
+    curves, _ = simulated(12, 0)
+    noisy = [
+        replace(c, dice=c.mean_dice[:, None] + shift + rng.normal(0, 0.01, (9, 40)), seeds=tuple(map(str, range(40))))
+        for c in curves
+        for shift in (rng.normal(0, 0.2, 40),)
+    ]
+    found = np.array(seed_variances(noisy))
+    assert found * 40 == pytest.approx(np.full((12, 9), 0.01**2), rel=0.2)
+    # the same by hand: a table with equal numbers in each cell has (K - 1)(S - 1) degrees of freedom
+    dice = noisy[0].dice
+    residuals = dice - dice.mean(0) - dice.mean(1, keepdims=True) + dice.mean()
+    assert found[0] * 40 == pytest.approx((residuals**2).sum() / (8 * 39))
+    gaps = np.where(rng.random(dice.shape) < 0.3, np.nan, dice)
+    assert seed_variances([replace(noisy[0], dice=gaps)])[0] * np.isfinite(gaps).sum(1) == pytest.approx(
+        0.01**2, rel=0.2
+    )
