@@ -42,6 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_options(parser)
     parser.add_argument("-state", nargs="+", choices=STATES, default=list(STATES))
+    parser.add_argument("-epochs", nargs="+", help="of each run; default all")
     parser.add_argument("-iterations", nargs="+", type=int, default=list(LENGTHS))
     parser.add_argument("-draw", type=int, default=0, help="which half of the pool trains, on which cases")
     args = parser.parse_args()
@@ -54,7 +55,8 @@ def main() -> None:
         (length, Job(d, str(c.architecture), scheme_of(folder), folder.name, state, str(c.epoch), seed, "", (c.path,)))
         for length, d, state, (folder, found) in product(args.iterations, args.d, args.state, runs.items())
         for c in found
-        if (d, folder.name, str(c.epoch), name_of(length, state), str(args.draw)) not in done
+        if str(c.epoch) in (args.epochs or [str(c.epoch)])
+        and (d, folder.name, str(c.epoch), name_of(length, state), str(args.draw)) not in done
     ]
     print(f"{len(jobs)} trainings to go", flush=True)
     version = made_with()
