@@ -115,7 +115,7 @@ class Choice:
         probability_within: Of losing at most half a Dice point, shape (K,).
         used: Scores that entered.
         warnings: In which ways this run is unlike those that the chooser was fitted on.
-        fell_back: Whether it is so unlike them that the last checkpoint is taken.
+        fell_back: Whether the last checkpoint is taken because of that.
     """
 
     index: int
@@ -154,7 +154,8 @@ def choose_by_expected_loss(
 
     Scores that are missing, not finite or the same everywhere are left out, and the coefficients of the others are those of a
     fit without them (with the spread of the deviations as it was fitted with all); with none left it is the prior over
-    epochs. A run that is very unlike the fitted ones gets its last checkpoint, and a warning that says why.
+    epochs. A run that is very unlike the fitted ones gets its last checkpoint, and a warning that says why; so does, at no price, an
+    encoder that was not among them.
 
     Args:
         chooser: From ``read_chooser``, or ``mtl_nnunet.chooser_fit.fit_state``.
@@ -162,7 +163,7 @@ def choose_by_expected_loss(
         scores: By name as typed for ``-score``, the value at each checkpoint, HIGHER IS BETTER, shape (K,).
         state: ``free`` or ``frozen``.
         price: What a whole pretraining is worth, in Dice points.
-        encoder: Architecture, to be told where the chooser never saw it.
+        encoder: Architecture; None is not looked at.
         pretraining_epochs: How many epochs the whole pretraining has; default the last of the checkpoints.
 
     Expected losses are of the true Dice, without the noise of training seeds.
@@ -192,14 +193,21 @@ def choose_by_expected_loss(
     usable, warnings = _usable(known, given)
     model = known.evidence if usable and known.evidence is not None else known.prior
     model = restricted(model, tuple(usable))
-    more, is_extreme = _unlike(known, model, at, whole, usable, encoder)
+    more, falls_back = _unlike(known, model, at, whole, usable)
+    if encoder is not None and encoder not in known.encoders:
+        # measured by leaving encoders out: what it expects to gain over the last checkpoint is not gained there
+        falls_back |= price == 0
+        more.append(
+            f"encoder '{encoder}' was not among the fitted ones ({listed(list(known.encoders))}): more may be lost than expected"
+            + ("; without a price the last checkpoint is taken." if price == 0 else ".")
+        )
     curves = draw_curves(model, at, usable, whole)
     losses = curves.max(1, keepdims=True) - curves
     expected = losses.mean(0)
     low, high = np.array([shortest_interval(loss) for loss in losses.T]).T
     high = high * model.loss_factor
     cost = expected + price / 100 * at / max(whole, 1)
-    chosen = len(at) - 1 if is_extreme else len(at) - 1 - int(np.argmin(cost[::-1]))
+    chosen = len(at) - 1 if falls_back else len(at) - 1 - int(np.argmin(cost[::-1]))
     back = np.argsort(order)
     return Choice(
         int(order[chosen]),
@@ -209,7 +217,7 @@ def choose_by_expected_loss(
         (losses <= WITHIN).mean(0)[back],
         tuple(usable),
         (*warnings, *more),
-        is_extreme,
+        falls_back,
     )
 
 
@@ -456,7 +464,6 @@ def _unlike(
     epochs: np.ndarray,
     whole: float,
     scores: Mapping[str, np.ndarray],
-    encoder: str | None,
 ) -> tuple[list[str], bool]:
     said, is_extreme = [], False
     fewest, most = known.num_checkpoints
@@ -469,11 +476,6 @@ def _unlike(
     if first < known.first_share * (1 - 1e-9):
         said.append(
             f"the first checkpoint is {first:.1%} into the pretraining; fitted from {known.first_share:.1%} on."
-        )
-    if encoder is not None and encoder not in known.encoders:
-        # measured by leaving encoders out: twice what was expected was lost where a price stopped early
-        said.append(
-            f"encoder '{encoder}' was not among the fitted ones ({listed(list(known.encoders))}): more may be lost than expected."
         )
     time = log_time(epochs, whole)
     beyond = _beyond(model, time, scores)

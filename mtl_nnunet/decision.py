@@ -78,6 +78,27 @@ def parse_rule(text: str) -> Rule:
     return Rule(name, **values)
 
 
+def default_rule(epochs: Sequence[int | None], steps: Sequence[int | None]) -> Rule:
+    """What the evidence supports, as far as the checkpoints say how old they are (docs/evidence.md).
+
+    Among checkpoints of one run the choice is by expected loss, or, where they state steps only, the last. Among others, such as
+    published weights, nothing but the score can choose.
+
+    Args:
+        epochs: Pretraining epoch of each checkpoint, or None.
+        steps: Optimiser step of each, or None.
+
+    Example:
+        >>> [default_rule(*ages).name for ages in (([1, 2], [None] * 2), ([None] * 2, [50, 90]), ([3, 3], [None] * 2))]
+        ['expected-loss', 'last', 'best']
+    """
+    for name, clock in (("expected-loss", epochs), ("last", steps)):
+        # two of one age come from different runs
+        if None not in clock and len(set(clock)) == len(clock) > 1:
+            return Rule(name)
+    return Rule()
+
+
 def _number(rule: str, key: str, text: str) -> float:
     try:
         value = float(text)
@@ -120,7 +141,7 @@ def choose(
     indices = range(len(values))
     if rule.name == "best":
         return max(indices, key=lambda i: (values[i], _age(epochs[i])))
-    if any(epoch is None for epoch in epochs):
+    if None in epochs:
         raise UserError(
             f"rule '{rule.name}' goes by epochs, and not every checkpoint says its own. Name files like epoch_020.pth, "
             "or use -rule best."

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from mtl_nnunet.bootstrap import FEWEST_PATIENTS
+from mtl_nnunet.budget import budgets_of
 from mtl_nnunet.chooser import Choice
 from mtl_nnunet.ranking import RankedCheckpoint, Ranking
 from mtl_nnunet.slices import Slices
@@ -119,6 +120,18 @@ def comparison_text(ranking: Ranking) -> str:
             lines.append(
                 f"chosen against {words}: {c.gain:+.4f} [{c.low:+.4f}, {c.high:+.4f}], scores better on {c.probability:.0%} of the draws"
             )
+    return "\n".join(lines)
+
+
+def budget_text(ranking: Ranking) -> str:
+    """What stopping at the choice saves and costs, and the earliest checkpoint that is expected to lose little more."""
+    budgets = budgets_of(ranking)
+    lines = [f"{name}: {budget.text}." for name, budget in zip(("chosen", "cheaper"), budgets, strict=False)]
+    if any(budget.saved_epochs for budget in budgets):
+        lines.append(
+            "This is of weights as they are in the middle of the longer run; a run planned for fewer epochs lowers its rate sooner and "
+            "has others."
+        )
     return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ from mtl_nnunet.cache import ResultCache
 from mtl_nnunet.cases import Dataset, find_image_folder, find_nnunet_dataset, without_validation_cases
 from mtl_nnunet.checkpoints import Checkpoint, architecture_of, find_checkpoints
 from mtl_nnunet.chooser import read_chooser
-from mtl_nnunet.decision import Rule, parse_rule
+from mtl_nnunet.decision import Rule, default_rule, parse_rule
 from mtl_nnunet.errors import UserError, listed
 from mtl_nnunet.racing import race_checkpoints
 from mtl_nnunet.ranking import Ranking, rank_checkpoints
@@ -58,7 +58,7 @@ def select_checkpoint(
     encoder: str | None = None,
     weights: str = "default",
     output: str | Path | None = None,
-    rule: Rule | str = "best",
+    rule: Rule | str | None = None,
     fold: int | str | None = None,
     num_slices: int = 256,
     num_cases: int = 64,
@@ -82,6 +82,8 @@ def select_checkpoint(
         weights: Which of the weights in each file: ``default``, ``ema`` (their moving average) or ``trained``.
         output: Folder to write; None writes nothing.
         rule: ``best``, ``last``, ``non-inferior``, ``expected-loss`` (its scores are computed beside those named) or a ``Rule``.
+            None: ``expected-loss`` where the checkpoints state epochs of one run, ``last`` where they state steps, else, and in a
+            race, ``best``.
         fold: With scores that need labels: whose validation cases to keep out, or ``all``.
         num_slices: Slices at most.
         num_cases: Cases read at most.
@@ -98,16 +100,14 @@ def select_checkpoint(
         UserError: What is wrong and what to do about it; nothing was written.
     """
     chosen_scores = parse_scores(scores)
-    rule = parse_rule(rule) if isinstance(rule, str) else rule
+    rule = parse_rule(rule) if isinstance(rule, str) else Rule() if rule is None and race else rule
     fold = _parsed_fold(fold)
     for name, number, least in (("num_slices", num_slices, 2), ("num_cases", num_cases, 2), ("seed", seed, 0)):
         if not least <= number < 2**32:
             raise UserError(f"{name} is {number}; it must be at least {least}.")
-    if race and (len(chosen_scores) > 1 or rule.name != "best"):
+    if race and (len(chosen_scores) > 1 or rule != Rule()):
         raise UserError("a race goes with one score and rule best: what is out early has no score on all patients.")
     labelled = any(score.labels for score in chosen_scores)
-    if rule.name == "expected-loss":
-        chosen_scores += _scores_of_the_chooser(rule, chosen_scores, labelled)
     if fold is not None and not labelled:
         raise UserError(
             "-f keeps labels of validation cases out, and no score here uses labels. Choose a score that does "
@@ -120,6 +120,10 @@ def select_checkpoint(
     if output is not None:
         refuse_foreign_folder(output, overwrite)
     found = _found_checkpoints(checkpoints, weights)
+    if rule is None:
+        rule = default_rule([c.epoch for c in found], [c.step for c in found])
+    if rule.name == "expected-loss":
+        chosen_scores += _scores_of_the_chooser(rule, chosen_scores, labelled)
     encoder = encoder or next((c.architecture for c in found if c.architecture), None) or architecture_of(found[-1])
     slices = gather_slices(dataset, num_slices, num_cases, seed, with_labels=labelled, skip_bad_cases=skip_bad_cases)
     forwards = 1.0

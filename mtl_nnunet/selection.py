@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from mtl_nnunet import __version__
 from mtl_nnunet.bootstrap import INTERVAL
+from mtl_nnunet.budget import budgets_of
 from mtl_nnunet.cases import Dataset
 from mtl_nnunet.checkpoints import Published, read_contents
 from mtl_nnunet.chooser import SHIPPED
@@ -269,6 +270,8 @@ def _content(
         "rule": ranking.rule.text,
         "choice": _entry(ranking.chosen),
         "expected_loss": None if ranking.expectation is None else _expectation(ranking),
+        # first of the choice, then of the earliest checkpoint that is expected to lose little more
+        "budget": [asdict(budget) for budget in budgets_of(ranking)],
         "undecided": [c.label for c in ranking.undecided],
         "score": _described(ranking.score),
         "interval": {"percentiles": list(INTERVAL), "bootstrap": "patients"},

@@ -77,20 +77,29 @@ def test_writes_the_choice_and_prints_what_to_do_next(dataset: Path, capsys: pyt
         assert printed in out
     assert [c["epoch"] for c in content["checkpoints"]] == [0, 3, 8, 16, 25, 39]
     assert [c["logged_accuracy"] for c in content["checkpoints"]] == [4.68, 17.94, 27.48, 32.48, 34.84, 36.42]
-    best = max(content["checkpoints"], key=lambda c: c["value"])
-    assert content["choice"] == best
+    # of the last epoch, where the chooser was not fitted on the encoder
+    (chosen_entry,) = [c for c in content["checkpoints"] if c["file"] == content["choice"]["file"]]
+    assert content["choice"] == chosen_entry
+    assert content["budget"][0]["epoch"] == chosen_entry["epoch"]
     assert sum(c["probability_of_best_score"] for c in content["checkpoints"]) == pytest.approx(1)
     assert all(c["low"] <= c["value"] <= c["high"] for c in content["checkpoints"])
     assert content["dataset"]["num_cases"] == len(content["dataset"]["cases_used"]) == 6
     assert content["slices"]["shape"] == [24, 1, 64, 64]
-    chosen = read_contents(DEMO_RUN / best["file"]).weights
+    chosen = read_contents(DEMO_RUN / chosen_entry["file"]).weights
     written = read_contents(selection_folder() / ENCODER_FILE).weights
     assert set(chosen) - set(written) == set(content["encoder"]["not_loaded"]) == {"fc.weight", "fc.bias"}
     assert all(torch.equal(written[k], chosen[k].float()) for k in written)
     rows = list(csv.DictReader((selection_folder() / "ranking.csv").open()))
-    assert [r["chosen"] for r in rows].count("True") == 1
+    assert [r["chosen"] for r in rows if r["name"] == "contrastive"].count("True") == 1
     assert rows[-1]["file"] == "random"
-    assert read_selection(selection_folder()).epoch == best["epoch"]
+    assert read_selection(selection_folder()).epoch == chosen_entry["epoch"]
+
+
+def test_the_best_score_chooses_where_asked_to(dataset: Path) -> None:
+    assert run("-rule", "best") == 0
+    content = json.loads((selection_folder() / "selection.json").read_text())
+    assert content["choice"] == max(content["checkpoints"], key=lambda c: c["value"])
+    assert content["expected_loss"] is None
 
 
 def test_same_seed_writes_the_same_bytes_but_for_one_line(dataset: Path) -> None:
@@ -117,17 +126,24 @@ def test_json_alone_on_stdout(dataset: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_published_score_with_parameters(dataset: Path) -> None:
-    assert run("-score", "robustness:level=5,distance=l2") == 0
+    assert run("-score", "robustness:level=5,distance=l2", "-rule", "best") == 0
     content = json.loads((selection_folder() / "selection.json").read_text())
     assert content["score"]["parameters"] == {"level": 5, "pooled": True, "distance": "l2", "margin": 0.5}
     assert content["choice"] == min(content["checkpoints"], key=lambda c: c["value"])
 
 
-@pytest.mark.parametrize("asked", [(), ("-score", "robustness", "infonce")])
+@pytest.mark.parametrize(
+    ("asked", "price"),
+    [
+        ((), 0),
+        (("-rule", "expected-loss:price=3"), 3),
+        (("-score", "robustness", "infonce", "-rule", "expected-loss:price=3"), 3),
+    ],
+)
 def test_expected_loss_weighs_the_scores_it_was_fitted_with(
-    dataset: Path, capsys: pytest.CaptureFixture[str], asked: tuple[str, ...]
+    dataset: Path, capsys: pytest.CaptureFixture[str], asked: tuple[str, ...], price: float
 ) -> None:
-    assert run(*asked, "-rule", "expected-loss:price=3") == 0
+    assert run(*asked) == 0
     printed = capsys.readouterr()
     content = json.loads((selection_folder() / "selection.json").read_text())
     rows = list(csv.DictReader((selection_folder() / "ranking.csv").open(newline="")))
@@ -135,7 +151,7 @@ def test_expected_loss_weighs_the_scores_it_was_fitted_with(
     # lower is better there, and the chooser takes what is higher
     values = {f"robustness:{robust[0]['parameters']}": [-float(r["score"]) for r in robust]}
     epochs = [int(r["epoch"]) for r in robust]
-    by_hand = choose_by_expected_loss(read_chooser(), epochs, values, price=3, encoder="test_resnet")
+    by_hand = choose_by_expected_loss(read_chooser(), epochs, values, price=price, encoder="test_resnet")
     assert by_hand.used
     told = content["expected_loss"]
     assert content["choice"]["epoch"] == epochs[by_hand.index]

@@ -49,15 +49,16 @@ def build_parser() -> argparse.ArgumentParser:
         "-score",
         nargs="+",
         metavar="NAME",
-        help="score to choose by (default: contrastive, with -labels ccfv); more names are computed beside it",
+        help="score to show, and with -rule best to choose by (default: contrastive, with -labels ccfv); more names are computed "
+        "beside it",
     )
     parser.add_argument(
         "-rule",
-        default="best",
         metavar="RULE",
-        help="best (default), last, expected-loss[:price=0,state=free]: least expected Dice loss plus what a whole pretraining is "
-        "worth in Dice points, encoder free or frozen; or non-inferior[:margin=0.05,probability=0.95]: the earliest that loses at most that share "
-        "of the gain over random weights, else the last",
+        help="expected-loss[:price=0,state=free]: least expected Dice loss plus what a whole pretraining is worth in Dice points, "
+        "encoder free or frozen; best score; last; or non-inferior[:margin=0.05,probability=0.95]: the earliest that loses at most that "
+        "share of the gain over random weights, else the last. Default: expected-loss; where checkpoints state steps and no "
+        "epochs last; among checkpoints of no one run, such as published weights, and with --race best",
     )
     parser.add_argument("-labels", action="store_true", help="use the labels of the training cases")
     parser.add_argument(
@@ -122,7 +123,14 @@ def select(args: argparse.Namespace) -> None:
     from mtl_nnunet.cases import find_image_folder, find_nnunet_dataset, with_patients
     from mtl_nnunet.errors import UserError, listed
     from mtl_nnunet.parallel import workers
-    from mtl_nnunet.report import comparison_text, labels_in_words, others_text, ranking_text, warnings_in_words
+    from mtl_nnunet.report import (
+        budget_text,
+        comparison_text,
+        labels_in_words,
+        others_text,
+        ranking_text,
+        warnings_in_words,
+    )
     from mtl_nnunet.scores import LABELLED, parse_score
     from mtl_nnunet.select import default_output, select_checkpoint
 
@@ -195,6 +203,8 @@ def select(args: argparse.Namespace) -> None:
     print(ranking_text(ranking))
     if compared := comparison_text(ranking):
         print(compared)
+    if budget := budget_text(ranking):
+        print(budget)
     if len(outcome.rankings) > 1:
         print("\n" + others_text(outcome.rankings[1:]))
     print(f"\nwritten: {folder} (selection.json, encoder.safetensors, ranking.csv, ranking.png)")
@@ -239,14 +249,14 @@ def _command(args: argparse.Namespace, device: str) -> list[str]:
     # only what decides the result, so that the same selection is recorded by the same bytes
     source = ["-d", args.d] if args.d else ["-i", args.i]
     words = ["mtl-select-checkpoint", *source, "-ckpt", *args.ckpt]
-    for name in ("encoder", "patients"):
+    for name in ("encoder", "patients", "rule"):
         if getattr(args, name):
             words += [f"-{name}", getattr(args, name)]
     if args.weights != "default":
         words += ["-weights", args.weights]
     if args.channel_names:
         words += ["-channel_names", *args.channel_names]
-    words += ["-score", *(args.score or [_default_score(args)]), "-rule", args.rule]
+    words += ["-score", *(args.score or [_default_score(args)])]
     if args.labels:
         words.append("-labels")
     for name in ("f", "views"):

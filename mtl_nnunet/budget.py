@@ -1,0 +1,112 @@
+"""What stopping the pretraining at a checkpoint saves of the run, and what it is expected to cost in Dice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mtl_nnunet.checkpoints import Checkpoint
+from mtl_nnunet.ranking import Ranking
+
+# Dice that most people would give for a shorter pretraining
+SMALL_LOSS = 0.005
+# between two checkpoints in seconds an epoch: files that were copied are closer, or not in order
+FASTEST_EPOCH = 60.0
+MOST_UNEVEN = 5.0
+
+
+@dataclass(frozen=True)
+class Budget:
+    """One checkpoint as the end of the pretraining.
+
+    Attributes:
+        epoch: Of the checkpoint.
+        last: The last epoch of the run.
+        saved_epochs: How many come after it.
+        saved_share: As a share of the run.
+        saved_hours: By the times at which the checkpoints were written; None where these are not those of a run.
+        expected_loss: Dice from 0 to 1 against the best of the run; None where no rule said.
+        most: Upper end of its 90 % interval.
+    """
+
+    epoch: int
+    last: int
+    saved_epochs: int
+    saved_share: float
+    saved_hours: float | None
+    expected_loss: float | None
+    most: float | None
+
+    @property
+    def text(self) -> str:
+        """In words."""
+        if not self.saved_epochs:
+            said = "the last epoch, so nothing of the run is saved"
+        else:
+            hours = (
+                "" if self.saved_hours is None else f", about {self.saved_hours:.3g} hours by the times of the files"
+            )
+            said = f"stopping at epoch {self.epoch} saves {self.saved_epochs} epochs ({self.saved_share:.0%} of the run{hours})"
+        if self.expected_loss is None or self.most is None:
+            return said
+        return (
+            f"{said}; expected to lose {100 * self.expected_loss:.2f} Dice points against the best of this run, with 90 % at most "
+            f"{100 * self.most:.2f}"
+        )
+
+
+def budgets_of(ranking: Ranking) -> tuple[Budget, ...]:
+    """The chosen checkpoint as the end of the pretraining, and the earliest that is expected to lose little more.
+
+    Nothing where the checkpoints are not dated by epochs. The second one is left out where it is not earlier, or where no
+    expected loss is known. Both speak of these weights, which a longer schedule left in its middle.
+
+    Args:
+        ranking: With ``expectation``, where losses are wanted.
+    """
+    checkpoints = [c.checkpoint for c in ranking.checkpoints if c.checkpoint is not None]
+    epochs = [c.epoch for c in checkpoints if c.epoch is not None]
+    if len(epochs) < max(2, len(ranking.checkpoints)) or len(set(epochs)) < len(epochs):
+        return ()
+    hours = hours_between(checkpoints)
+    told = ranking.expectation
+    last, first = max(epochs), min(epochs)
+    # a run whose first checkpoint is epoch 0 counts from there
+    whole = last + (first == 0)
+
+    def budget(i: int) -> Budget:
+        known = told is not None and np.isfinite(told.expected_loss[i])
+        return Budget(
+            epoch=epochs[i],
+            last=last,
+            saved_epochs=last - epochs[i],
+            saved_share=(last - epochs[i]) / whole,
+            saved_hours=None if hours is None else hours * (last - epochs[i]),
+            expected_loss=float(told.expected_loss[i]) if told is not None and known else None,
+            most=float(told.high[i]) if told is not None and known else None,
+        )
+
+    found = [budget(ranking.choice)]
+    if told is not None and np.isfinite(told.expected_loss).all():
+        enough = told.expected_loss <= told.expected_loss[ranking.choice] + SMALL_LOSS
+        earliest = min((i for i in range(len(epochs)) if enough[i]), key=lambda i: epochs[i])
+        if epochs[earliest] < epochs[ranking.choice]:
+            found.append(budget(earliest))
+    return tuple(found)
+
+
+def hours_between(checkpoints: Sequence[Checkpoint]) -> float | None:
+    """Hours an epoch, by when the files were last written; None where they were not written one after the other in even steps."""
+    try:
+        times = sorted((c.epoch, c.path.stat().st_mtime) for c in checkpoints if c.epoch is not None)
+    except OSError:
+        return None
+    epochs, seconds = np.array(times).T
+    if len(epochs) < 2:
+        return None
+    steps = np.diff(seconds) / np.diff(epochs)
+    if steps.min() < FASTEST_EPOCH or steps.max() > MOST_UNEVEN * steps.min():
+        return None
+    return float((seconds[-1] - seconds[0]) / (epochs[-1] - epochs[0]) / 3600)
