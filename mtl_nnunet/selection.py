@@ -57,6 +57,7 @@ class Selection:
             was looked at.
         licence: Of published weights, where it is stated.
         published: Name and revision of published weights, or None for a run of one's own.
+        weights: Which of the checkpoint's weights: ``default``, ``ema`` or ``trained``.
     """
 
     folder: Path
@@ -72,6 +73,7 @@ class Selection:
     fold: int | str | None = None
     licence: str | None = None
     published: str | None = None
+    weights: str = "default"
 
     @property
     def forbids_commercial_use(self) -> bool:
@@ -88,6 +90,8 @@ class Selection:
         epoch = "epoch not stated" if self.epoch is None else f"epoch {self.epoch}"
         if self.published is not None:
             epoch = f"{self.published}, licence {self.licence or 'not stated'}"
+        if self.weights != "default":
+            epoch += f", {self.weights} weights"
         return (
             f"{self.encoder} from checkpoint {self.checkpoint} ({epoch}, SHA-256 {self.checkpoint_sha256[:12]}), "
             f"encoder.safetensors SHA-256 {self.encoder_sha256[:12]}"
@@ -176,6 +180,7 @@ def read_selection(folder: str | Path) -> Selection:
             score={**content["score"], "value": chosen["value"]},
             created_with=content["versions"]["mtl-nnunet"],
             fold=content.get("labels", {}).get("fold"),
+            weights=chosen.get("weights", "default"),
             **_provenance(chosen.get("published")),
         )
     except (KeyError, TypeError, json.JSONDecodeError) as error:
@@ -239,6 +244,7 @@ def _write_encoder(path: Path, ranking: Ranking) -> list[str]:
         "checkpoint": checkpoint.path.name,
         "checkpoint_sha256": checkpoint.sha256,
         "epoch": checkpoint.epoch,
+        "weights": checkpoint.weights,
     }
     # one metadata entry: safetensors writes several in no fixed order, and the file's hash must repeat
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import DEMO_RUN, REAL_DATA, needs_real_data, phantom, write_image
 
@@ -181,6 +183,26 @@ def test_views_of_another_kind_are_not_what_the_chooser_knows(dataset: Path) -> 
     assert [c["expected_loss"] for c in content["expected_loss"]["checkpoints"]] == pytest.approx(
         list(by_hand.expected_loss)
     )
+
+
+def test_training_is_told_that_the_moving_average_was_chosen(dataset: Path, tmp_path: Path) -> None:
+    model = timm.create_model("test_resnet", num_classes=5)
+    ema = timm.utils.ModelEmaV3(timm.create_model("test_resnet", num_classes=5))
+    saver = timm.utils.CheckpointSaver(
+        model,
+        torch.optim.SGD(model.parameters(), 0.1),
+        args=argparse.Namespace(model="test_resnet"),
+        model_ema=ema,
+        checkpoint_dir=str(tmp_path),
+        recovery_dir=str(tmp_path),
+    )
+    saver.save_checkpoint(0, 10.0)
+    assert run("-weights", "ema", ckpt=tmp_path) == 0
+    chosen = read_selection(selection_folder())
+    assert chosen.weights == chosen.record()["weights"] == "ema"
+    assert "epoch 0, ema weights" in chosen.summary
+    written = read_contents(selection_folder() / ENCODER_FILE).weights
+    assert all(torch.equal(v, ema.module.state_dict()[k]) for k, v in written.items())
 
 
 def test_images_without_nnunet(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
