@@ -189,10 +189,12 @@ def choose_by_expected_loss(
         said = f"no curve of state '{state}' was fitted (only {listed(sorted(chooser.states))}): the last checkpoint is taken."
         return Choice(int(order[-1]), unknown, unknown, unknown, unknown, (), (said,), True)
     known = chooser.states[state]
-    usable, warnings = _usable(known, given)
+    usable, warnings = usable_scores(known, given)
     model = known.evidence if usable and known.evidence is not None else known.prior
     model = restricted(model, tuple(usable))
-    more, is_extreme = _unlike(known, model, at, whole, usable, encoder)
+    more, is_extreme = unlike(known, model, at, whole, usable, encoder)
+    if is_extreme:
+        more.append("that is so unlike the fitted curves that the last checkpoint is taken.")
     curves = draw_curves(model, at, usable, whole)
     losses = curves.max(1, keepdims=True) - curves
     expected = losses.mean(0)
@@ -429,7 +431,8 @@ def _model(record: Mapping[str, Any]) -> Model:
     return Model(names, **arrays, loss_factor=factor)
 
 
-def _usable(known: StateModel, given: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
+def usable_scores(known: StateModel, given: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The scores that the chooser knows and that vary, and warnings of those that are missing or do not."""
     fitted = known.evidence.scores if known.evidence is not None else ()
     usable, missing, flat = {}, [], []
     for name in fitted:
@@ -450,7 +453,7 @@ def _usable(known: StateModel, given: Mapping[str, np.ndarray]) -> tuple[dict[st
     return usable, warnings
 
 
-def _unlike(
+def unlike(
     known: StateModel,
     model: Model,
     epochs: np.ndarray,
@@ -458,6 +461,16 @@ def _unlike(
     scores: Mapping[str, np.ndarray],
     encoder: str | None,
 ) -> tuple[list[str], bool]:
+    """In which ways a run is unlike the fitted ones, in words, and whether a score of it is beyond 99.99 % of them.
+
+    Args:
+        known: What was fitted.
+        model: With just these scores.
+        epochs: Ascending, shape (K,).
+        whole: Last epoch of the whole pretraining.
+        scores: That vary, shape (K,) each.
+        encoder: Architecture, or None where it is not to be judged.
+    """
     said, is_extreme = [], False
     fewest, most = known.num_checkpoints
     if not fewest <= len(epochs) <= most:
@@ -489,8 +502,6 @@ def _unlike(
             if share < UNUSUAL:
                 said.append(f"score '{name}': its {what} is beyond 99 % of the fitted curves.")
             is_extreme |= share < EXTREME
-    if is_extreme:
-        said.append("that is so unlike the fitted curves that the last checkpoint is taken.")
     return said, is_extreme
 
 
