@@ -148,10 +148,16 @@ def decide(
         raise UserError("no checkpoint has been scored, so nothing can be decided.")
     at = np.array(epochs, float) if dated else np.arange(len(epochs), dtype=float)
     if len(set(at)) < len(at):
-        raise UserError(f"an epoch is given twice: {listed([f'{e:g}' for e in sorted(at)], 20)}. Expected one checkpoint an epoch.")
+        raise UserError(
+            f"an epoch is given twice: {listed([f'{e:g}' for e in sorted(at)], 20)}. Expected one checkpoint an epoch."
+        )
     by_gain = rule.name == "expected-gain" or (rule.name == "auto" and dated and last_epoch is not None)
     if by_gain and (not dated or last_epoch is None):
-        missing = "the planned length of the run is not known: pass -epochs" if dated else "not every checkpoint states its epoch"
+        missing = (
+            "the planned length of the run is not known: pass -epochs"
+            if dated
+            else "not every checkpoint states its epoch"
+        )
         raise UserError(f"rule 'expected-gain' goes by epochs, and {missing}. Or use -rule patience.")
     is_over = dated and last_epoch is not None and at.max() >= last_epoch
     if not by_gain:
@@ -211,10 +217,14 @@ def expected_gain(
             f"epoch {at.max():g} lies beyond the last planned epoch, {last_epoch:g}. Pass the length of the whole run: -epochs."
         )
     if state not in chooser.states:
-        raise UserError(f"no curve of state '{state}' was fitted: expected {listed(sorted(chooser.states))}. Or use -rule patience.")
+        raise UserError(
+            f"no curve of state '{state}' was fitted: expected {listed(sorted(chooser.states))}. Or use -rule patience."
+        )
     for name, values in given.items():
         if values.shape != at.shape:
-            raise UserError(f"score '{name}' has {values.size} values for {at.size} checkpoints; expected one for each.")
+            raise UserError(
+                f"score '{name}' has {values.size} values for {at.size} checkpoints; expected one for each."
+            )
     order = np.argsort(at, kind="stable")
     at, given = at[order], {name: values[order] for name, values in given.items()}
     known, seen = chooser.states[state], len(at)
@@ -299,7 +309,13 @@ def last_improvement(values: np.ndarray, samples: np.ndarray, num_patients: int)
 
 
 def _by_patience(
-    rule: StopRule, at: np.ndarray, values: np.ndarray, samples: np.ndarray, num_patients: int, dated: bool, is_over: bool
+    rule: StopRule,
+    at: np.ndarray,
+    values: np.ndarray,
+    samples: np.ndarray,
+    num_patients: int,
+    dated: bool,
+    is_over: bool,
 ) -> Advice:
     order = np.argsort(at, kind="stable")
     record = last_improvement(values[order], np.asarray(samples)[order], num_patients)
