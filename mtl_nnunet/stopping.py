@@ -44,6 +44,7 @@ class StopRule:
     patience: int = 3
 
     def __post_init__(self) -> None:
+        """Refuse what cannot be."""
         if self.name not in RULES:
             raise UserError(f"unknown rule '{self.name}'. Available: {listed(list(RULES))}.")
         if not (np.isfinite(self.price) and self.price >= 0):
@@ -135,7 +136,7 @@ def decide(
         chooser: Default: the shipped one.
 
     Raises:
-        UserError: No checkpoint, one epoch twice, an epoch beyond the last, or expected gain where epochs or the length are not known.
+        UserError: No checkpoint, one epoch twice, or expected gain where epochs or the length are not known.
 
     Example:
         >>> samples = np.array([[0.70, 0.72], [0.80, 0.82], [0.80, 0.81], [0.79, 0.80]])
@@ -163,7 +164,10 @@ def decide(
     if not by_gain:
         return _by_patience(rule, at, np.asarray(values, float), samples, num_patients, dated, bool(is_over))
     assert last_epoch is not None
-    gain = expected_gain(chooser or read_chooser(), at, last_epoch, scores, rule.state, rule.price, encoder)
+    # a run that goes on beyond its plan is over all the same
+    gain = expected_gain(
+        chooser or read_chooser(), at, max(last_epoch, float(at.max())), scores, rule.state, rule.price, encoder
+    )
     if is_over:
         return Advice(True, True, "expected-gain", gain.best, "the last planned epoch is reached", None, gain.warnings)
     stop = gain.value <= 0
