@@ -62,7 +62,8 @@ class Seen:
         logged_accuracy: ImageNet top-1 in per cent that the run logged, or None.
         seconds: What scoring took; 0 where the result was known.
         scored_at: When, UTC.
-        said: What was decided then: whether to stop, by which rule, why, and the expected gain in Dice points.
+        said: What was decided then: whether to stop, by which rule, why, the expected gain in Dice points, and the plan of the run.
+        stat: Size in bytes and time of the last change in ns of its file, or None.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Seen:
     seconds: float
     scored_at: str
     said: dict[str, Any]
+    stat: tuple[int, int] | None = None
 
     @property
     def as_checkpoint(self) -> Checkpoint:
@@ -207,12 +209,15 @@ class Monitor:
             seen = self._see(f"epoch {epoch}", epoch, None, weights_sha256(encoder), None, lambda: encoder)
         return bool(seen.said["stop"])
 
-    def see_checkpoint(self, checkpoint: Checkpoint, name: str | None = None) -> Seen:
+    def see_checkpoint(
+        self, checkpoint: Checkpoint, name: str | None = None, stat: tuple[int, int] | None = None
+    ) -> Seen:
         """Score a checkpoint file.
 
         Args:
             checkpoint: With its architecture, unless the monitor knows it.
             name: What to call it; default its file's name.
+            stat: Size and time of the last change of the run's file, by which it is known after a restart.
 
         Raises:
             UserError: It cannot be read, does not fit, or settings have changed since an earlier part of the run.
@@ -232,6 +237,7 @@ class Monitor:
             checkpoint.content_key,
             checkpoint.logged_accuracy,
             lambda: loaded_encoder(checkpoint, encoder, channels, self.seed),
+            stat,
         )
 
     def advice(self) -> Advice:
@@ -274,6 +280,7 @@ class Monitor:
         content_key: str,
         logged_accuracy: float | None,
         load: Callable[[], nn.Module],
+        stat: tuple[int, int] | None = None,
     ) -> Seen:
         known = next((s for s in self.history if s.content_key == content_key), None)
         if known is not None:
@@ -283,7 +290,7 @@ class Monitor:
         seconds = self._score(content_key, load)
         values = {s.text: self._results[content_key, s.text].value for s in self.scores}
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        new = Seen(name, epoch, step, content_key, values, logged_accuracy, round(seconds, 3), now, {})
+        new = Seen(name, epoch, step, content_key, values, logged_accuracy, round(seconds, 3), now, {}, stat)
         before = [s for s in self.history if not _is_same_place(s, new)]
         if len(before) < len(self.history):
             warnings.warn(
@@ -292,7 +299,8 @@ class Monitor:
                 stacklevel=3,
             )
         history = _in_order([*before, new])
-        new = replace(new, said=_in_words(self._decided(history)))
+        plan = {"planned_epochs": self.planned_epochs, "first_epoch": self.first_epoch}
+        new = replace(new, said={**_in_words(self._decided(history)), **plan})
         self.history = _in_order([*before, new])
         self._write()
         return new
@@ -389,6 +397,10 @@ class Monitor:
                 stacklevel=3,
             )
         self.history = [s for s in history if s not in lost]
+        planned = [s.said for s in self.history if s.said.get("planned_epochs") is not None]
+        if self.planned_epochs is None and planned:
+            # the files that told it may be gone
+            self.planned_epochs, self.first_epoch = planned[-1]["planned_epochs"], planned[-1]["first_epoch"]
         if any((RANDOM, score.text) not in self._results for score in self.scores):
             self._results = {k: v for k, v in self._results.items() if k[0] != RANDOM}
 
@@ -588,7 +600,9 @@ def _read_history(path: Path) -> list[Seen]:
     history = []
     for number, line in enumerate(lines, 1):
         try:
-            history.append(Seen(**json.loads(line)))
+            content = json.loads(line)
+            stat = content.pop("stat", None)
+            history.append(Seen(**content, stat=None if stat is None else (int(stat[0]), int(stat[1]))))
         except (ValueError, TypeError) as error:
             # a line that was cut is the last one
             if number == len(lines):

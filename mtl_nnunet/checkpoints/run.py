@@ -18,6 +18,7 @@ from tqdm import tqdm
 from mtl_nnunet.checkpoints.checkpoint import NAMES_IN_FOLDERS, Checkpoint
 from mtl_nnunet.checkpoints.file import Contents, read_contents
 from mtl_nnunet.checkpoints.filenames import (
+    COMPANIONS,
     RECOVERY,
     SUFFIXES,
     epoch_in_name,
@@ -176,7 +177,8 @@ def files_of_run(folder: Path) -> list[Path]:
     """
     inside = sorted(folder.iterdir())
     files = [f for f in inside if is_checkpoint_name(f.name) and f.is_file()]
-    folders = [d for d in inside if d.is_dir() and d.name[0] != "."]
+    # a folder of a temporary name is not whole yet
+    folders = [d for d in inside if d.is_dir() and not COMPANIONS.search(d.name)]
     # Hugging Face and Accelerate give each checkpoint a folder, and put the best or last one beside them once more
     in_folders = [w for d in folders if (w := _weights_in(d)) is not None]
     beside = [f for f in files if f.name in NAMES_IN_FOLDERS]
