@@ -460,6 +460,7 @@ def unlike(
     whole: float,
     scores: Mapping[str, np.ndarray],
     encoder: str | None,
+    judges_number: bool = True,
 ) -> tuple[list[str], bool]:
     """In which ways a run is unlike the fitted ones, in words, and whether a score of it is beyond 99.99 % of them.
 
@@ -470,10 +471,11 @@ def unlike(
         whole: Last epoch of the whole pretraining.
         scores: That vary, shape (K,) each.
         encoder: Architecture, or None where it is not to be judged.
+        judges_number: Whether the number of epochs is that of real checkpoints.
     """
     said, is_extreme = [], False
     fewest, most = known.num_checkpoints
-    if not fewest <= len(epochs) <= most:
+    if judges_number and not fewest <= len(epochs) <= most:
         said.append(f"{len(epochs)} checkpoints; fitted on curves of {_between(fewest, most)}.")
     shortest, longest = known.last_epochs
     if not shortest <= whole <= longest:

@@ -15,8 +15,10 @@ from mtl_nnunet.errors import UserError, listed
 RULES = ("auto", "expected-gain", "patience")
 # future epochs that are compared
 MOST_FUTURE = 12
-# with fewer checkpoints a score has no trend that could be carried on
-FEWEST_FOR_TREND = 4
+# with fewer checkpoints, or of a smaller share of the run, a score has no trend that could be carried on, and its spread so far says
+# little of the whole: with four of forty epochs, a run was stopped for what its first scores did
+FEWEST_FOR_TREND = 6
+LEAST_SHARE = 1 / 3
 # six of nine checkpoints seen, the median error on the published scores is half a deviation of the curve; without it five
 SHRINKAGE = 1.0
 TAILS = (5.0, 95.0)
@@ -189,8 +191,9 @@ def expected_gain(
         max over later epochs t of  E[f(t)] - max over seen epochs E[f] - price / 100 * (t - now) / last epoch
 
     f is drawn from the chooser's curves, given the scores so far. What a score will be at a later epoch is its own trend
-    so far (least squares on ``chooser.trends``, the slopes shrunk), with nothing beyond the trend; scores of
-    fewer than four checkpoints, and those that are unlike all that were fitted, are left out, and with none left the prior over epochs decides.
+    so far (least squares on ``chooser.trends``, the slopes shrunk), with nothing beyond the trend. Scores of
+    fewer than six checkpoints or of less than a third of the run, and those that are unlike all that were fitted, are left out; with none left the
+    prior over epochs decides.
 
     Args:
         chooser: From ``read_chooser``.
@@ -233,13 +236,16 @@ def expected_gain(
     at, given = at[order], {name: values[order] for name, values in given.items()}
     known, seen = chooser.states[state], len(at)
     everything = np.concatenate([at, _later(at[-1], last_epoch)])
-    usable, warnings = usable_scores(known, given)
-    if usable and seen < FEWEST_FOR_TREND:
-        warnings.append(f"{seen} checkpoints are too few for a trend of scores: epochs alone decide.")
+    if known.evidence is not None and given and (seen < FEWEST_FOR_TREND or at[-1] < LEAST_SHARE * last_epoch):
         usable = {}
+        warnings = [
+            f"scores have a say from {FEWEST_FOR_TREND} checkpoints and a third of the run on: until then epochs alone decide."
+        ]
+    else:
+        usable, warnings = usable_scores(known, given)
     carried = {name: carried_on(values, everything, last_epoch) for name, values in usable.items()}
     model = restricted(known.evidence, tuple(carried)) if carried and known.evidence is not None else known.prior
-    more, is_extreme = unlike(known, model, everything, last_epoch, carried, encoder)
+    more, is_extreme = unlike(known, model, everything, last_epoch, carried, encoder, judges_number=False)
     if is_extreme:
         more.append("that is so unlike the fitted curves that scores are left out: epochs alone decide.")
         carried, model = {}, known.prior
