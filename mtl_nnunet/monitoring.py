@@ -130,7 +130,7 @@ class Monitor:
         self.slices = slices
         self.rule = rule or StopRule()
         self.scores = with_scores_of_the_chooser(parse_scores(scores), self.rule)
-        self.encoder = encoder
+        self.encoder = self._named = encoder
         self.planned_epochs = planned_epochs
         self.first_epoch = first_epoch
         self.dataset = dataset
@@ -203,9 +203,9 @@ class Monitor:
             self.planned_epochs = planned_epochs
         with undisturbed():
             self.open()
-            encoder = copied_encoder(model, self.encoder, self.slices.images.shape[1], self.seed, f"epoch {epoch}")
-            name = encoder.name if isinstance(encoder, TimmEncoder) else type(encoder).__name__
-            self._settle_encoder(name)
+            name = self._named or (self.encoder if self._is_timms else None)
+            encoder = copied_encoder(model, name, self.slices.images.shape[1], self.seed, f"epoch {epoch}")
+            self._settle_encoder(encoder.name if isinstance(encoder, TimmEncoder) else type(encoder).__name__)
             seen = self._see(f"epoch {epoch}", epoch, None, weights_sha256(encoder), None, lambda: encoder)
         return bool(seen.said["stop"])
 
@@ -292,7 +292,11 @@ class Monitor:
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         new = Seen(name, epoch, step, content_key, values, logged_accuracy, round(seconds, 3), now, {}, stat)
         before = [s for s in self.history if not _is_same_place(s, new)]
-        if len(before) < len(self.history):
+        replaced = next((s for s in self.history if s not in before), None)
+        if replaced is not None and replaced.scores == new.scores:
+            # the same weights in other bytes
+            return replaced
+        if replaced is not None:
             warnings.warn(
                 f"{name} holds other weights than when it was scored before: its new score takes the place of the old one.",
                 AssumedWarning,

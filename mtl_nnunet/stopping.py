@@ -237,7 +237,7 @@ def expected_gain(
     known, seen = chooser.states[state], len(at)
     everything = np.concatenate([at, _later(at[-1], last_epoch)])
     if known.evidence is not None and given and (seen < FEWEST_FOR_TREND or at[-1] < LEAST_SHARE * last_epoch):
-        usable = {}
+        usable: dict[str, np.ndarray] = {}
         warnings = [
             f"scores have a say from {FEWEST_FOR_TREND} checkpoints and a third of the run on: until then epochs alone decide."
         ]
