@@ -581,10 +581,12 @@ def _refuse_changes(folder: Path, before: Mapping[str, Any], now: Mapping[str, A
     if list(before["scores"]) != list(now["scores"]):
         changed.append(f"the scores were {listed(list(before['scores']))} and are {listed(list(now['scores']))}")
     else:
+        # an option that changed says why the slices did
+        explained = {"slices", "seed"} if changed else set()
         for score, deciding in now["scores"].items():
             for key, value in deciding.items():
                 old = before["scores"][score].get(key)
-                if old != value:
+                if old != value and key not in explained:
                     shown = key in ("encoder", "seed", "device", "precision")
                     changed.append(f"{key} was {old} and is {value}" if shown else f"{OPTIONS.get(key, key)} changed")
     if changed:

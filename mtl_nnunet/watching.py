@@ -129,7 +129,6 @@ class _Watch:
         self.failed: dict[Path, Stat] = {}
         self.kinds: set[str] = set()
         self.said: set[str] = set()
-        self.counting_is_known = False
 
     def go_on(
         self, every: float, once: bool, idle: float | None, on_stop: Sequence[str] | None, process: Process | None
@@ -145,7 +144,6 @@ class _Watch:
             if self.files != before:
                 changed_at = time.monotonic()
             ready = [f for f in self.in_order() if before.get(f) == self.files[f] and self.done.get(f) != self.files[f]]
-            # after the last look nothing is left but what is not whole
             looks += 1
             if first and self.files and monitor.planned_epochs is None:
                 self.learn_plan()
@@ -163,7 +161,7 @@ class _Watch:
                 and looks >= 2
                 and not any(self.files.get(f) == s and self.done.get(f) != s for f, s in self.failed.items())
             ):
-                left = [f.name for f in self.files if self.done.get(f) != self.files[f]]
+                left = [telling_name(f) for f in self.in_order() if self.done.get(f) != self.files[f]]
                 if left:
                     self.say(f"not finished yet: {', '.join(left)}")
                 return _ending(LOOKED, monitor)

@@ -338,8 +338,9 @@ def test_moving_aliases_are_not_counted_beside_numbered_files(run: Path, look: L
         shutil.copy(file, run)
     shutil.copy(FILES[1], run / "last.pth.tar")
     os.link(run / FILES[0].name, run / "model_best.pth.tar")
-    monitor, _, _ = look()
+    monitor, _, said = look()
     assert [s.name for s in monitor.history] == ["checkpoint-0.pth.tar", "checkpoint-3.pth.tar"]
+    assert "not finished yet" not in said
     # the numbered ones go, as timm deletes all but its best
     for file in FILES[:2]:
         (run / file.name).unlink()
