@@ -190,17 +190,16 @@ def choose_by_expected_loss(
         said = f"no curve of state '{state}' was fitted (only {listed(sorted(chooser.states))}): the last checkpoint is taken."
         return Choice(int(order[-1]), unknown, unknown, unknown, unknown, (), (said,), True)
     known = chooser.states[state]
-    usable, warnings = _usable(known, given)
+    usable, warnings = usable_scores(known, given)
     model = known.evidence if usable and known.evidence is not None else known.prior
     model = restricted(model, tuple(usable))
-    more, falls_back = _unlike(known, model, at, whole, usable)
-    if encoder is not None and encoder not in known.encoders:
+    more, falls_back = unlike(known, model, at, whole, usable, encoder)
+    if falls_back:
+        more.append("that is so unlike the fitted curves that the last checkpoint is taken.")
+    elif price == 0 and encoder is not None and encoder not in known.encoders:
         # measured by leaving encoders out: what it expects to gain over the last checkpoint is not gained there
-        falls_back |= price == 0
-        more.append(
-            f"encoder '{encoder}' was not among the fitted ones ({listed(list(known.encoders))}): more may be lost than expected"
-            + ("; without a price the last checkpoint is taken." if price == 0 else ".")
-        )
+        falls_back = True
+        more.append("without a price, the last checkpoint is taken of an encoder that was not fitted.")
     curves = draw_curves(model, at, usable, whole)
     losses = curves.max(1, keepdims=True) - curves
     expected = losses.mean(0)
@@ -437,7 +436,8 @@ def _model(record: Mapping[str, Any]) -> Model:
     return Model(names, **arrays, loss_factor=factor)
 
 
-def _usable(known: StateModel, given: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
+def usable_scores(known: StateModel, given: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The scores that the chooser knows and that vary, and warnings of those that are missing or do not."""
     fitted = known.evidence.scores if known.evidence is not None else ()
     usable, missing, flat = {}, [], []
     for name in fitted:
@@ -458,16 +458,29 @@ def _usable(known: StateModel, given: Mapping[str, np.ndarray]) -> tuple[dict[st
     return usable, warnings
 
 
-def _unlike(
+def unlike(
     known: StateModel,
     model: Model,
     epochs: np.ndarray,
     whole: float,
     scores: Mapping[str, np.ndarray],
+    encoder: str | None,
+    judges_number: bool = True,
 ) -> tuple[list[str], bool]:
+    """In which ways a run is unlike the fitted ones, in words, and whether a score of it is beyond 99.99 % of them.
+
+    Args:
+        known: What was fitted.
+        model: With just these scores.
+        epochs: Ascending, shape (K,).
+        whole: Last epoch of the whole pretraining.
+        scores: That vary, shape (K,) each.
+        encoder: Architecture, or None where it is not to be judged.
+        judges_number: Whether the number of epochs is that of real checkpoints.
+    """
     said, is_extreme = [], False
     fewest, most = known.num_checkpoints
-    if not fewest <= len(epochs) <= most:
+    if judges_number and not fewest <= len(epochs) <= most:
         said.append(f"{len(epochs)} checkpoints; fitted on curves of {_between(fewest, most)}.")
     shortest, longest = known.last_epochs
     if not shortest <= whole <= longest:
@@ -476,6 +489,11 @@ def _unlike(
     if first < known.first_share * (1 - 1e-9):
         said.append(
             f"the first checkpoint is {first:.1%} into the pretraining; fitted from {known.first_share:.1%} on."
+        )
+    if encoder is not None and encoder not in known.encoders:
+        # measured by leaving encoders out: twice what was expected was lost where a price stopped early
+        said.append(
+            f"encoder '{encoder}' was not among the fitted ones ({listed(list(known.encoders))}): more may be lost than expected."
         )
     time = log_time(epochs, whole)
     beyond = _beyond(model, time, scores)
@@ -491,8 +509,6 @@ def _unlike(
             if share < UNUSUAL:
                 said.append(f"score '{name}': its {what} is beyond 99 % of the fitted curves.")
             is_extreme |= share < EXTREME
-    if is_extreme:
-        said.append("that is so unlike the fitted curves that the last checkpoint is taken.")
     return said, is_extreme
 
 

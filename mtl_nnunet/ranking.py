@@ -29,7 +29,7 @@ from mtl_nnunet.checkpoints import Checkpoint, ages, read_weights
 from mtl_nnunet.chooser import Choice, choose_by_expected_loss, read_chooser
 from mtl_nnunet.decision import Rule, choose, parse_rule
 from mtl_nnunet.embedding import Target, digest, embed, make_target, resolved_precision
-from mtl_nnunet.encoder import random_encoder
+from mtl_nnunet.encoder import TimmEncoder, random_encoder
 from mtl_nnunet.errors import NoScoreError, UserError
 from mtl_nnunet.parallel import in_parallel
 from mtl_nnunet.scores import Features, Score, parse_scores
@@ -165,7 +165,7 @@ def rank_checkpoints(
     by = [c.epoch for c in checkpoints] if rule.name == "expected-loss" else ages(checkpoints)
     choose(rule, [0.0] * len(checkpoints), np.zeros((len(checkpoints), 1)), 0.0, by)
     candidates: list[Checkpoint | None] = [*checkpoints, None]
-    content = _content(slices, encoder, seed, device, precision)
+    content = what_decides(slices, encoder, seed, device, precision)
     contents = {(i, s): content(candidate, s) for i, candidate in enumerate(candidates) for s in scores}
     results: dict[tuple[int, Score], Scored] = {}
     for key, described in contents.items():
@@ -253,7 +253,7 @@ def score_encoder(
     scores = parse_scores(scores)
     modes = {m: m.training for m in module.modules()}
     try:
-        return tuple(_evaluate(module, make_target(slices, scores, seed), scores, seed, device, precision))
+        return tuple(score_on_target(module, make_target(slices, scores, seed), scores, seed, device, precision))
     finally:
         for m, training in modes.items():
             m.training = training
@@ -298,17 +298,45 @@ def _score_group(
 ) -> list[tuple[int, list[tuple[int, Scored]]]]:
     results = []
     for index, checkpoint, scores in group:
-        encoder = random_encoder(encoder_name, target.input_channels, seed)
-        if checkpoint is not None:
-            encoder.load_weights(read_weights(checkpoint), str(checkpoint.path))
-        found = _evaluate(encoder, target, scores, seed, device, precision)
+        encoder = loaded_encoder(checkpoint, encoder_name, target.input_channels, seed)
+        found = score_on_target(encoder, target, scores, seed, device, precision)
         results.append((index, list(enumerate(found))))
     return results
 
 
-def _evaluate(
-    encoder: nn.Module, target: Target, scores: Sequence[Score], seed: int, device: str, precision: str
+def loaded_encoder(checkpoint: Checkpoint | None, name: str, input_channels: int, seed: int) -> TimmEncoder:
+    """The encoder with the weights of a checkpoint, or of None at its random initialisation.
+
+    Raises:
+        UserError: A checkpoint that cannot be read or does not fit.
+    """
+    encoder = random_encoder(name, input_channels, seed)
+    if checkpoint is not None:
+        encoder.load_weights(read_weights(checkpoint), str(checkpoint.path))
+    return encoder
+
+
+def score_on_target(
+    encoder: nn.Module,
+    target: Target,
+    scores: Sequence[Score],
+    seed: int = 0,
+    device: str = "cpu",
+    precision: str = "auto",
 ) -> list[Scored]:
+    """The scores of one encoder on views and pixels that were made before, in the order of the scores.
+
+    Args:
+        encoder: Images to feature maps; left on the device and in eval mode.
+        target: Made for these scores, or more.
+        scores: Which.
+        seed: Seed of the bootstrap.
+        device: Where it runs.
+        precision: ``fp32``, ``bf16``, or ``auto``.
+
+    Raises:
+        UserError: As ``score_encoder``.
+    """
     return evaluate(embed(encoder, target, scores, device, precision), scores, seed)
 
 
@@ -334,9 +362,10 @@ def evaluate(features: Features, scores: Sequence[Score], seed: int) -> list[Sco
     return found
 
 
-def _content(
+def what_decides(
     slices: Slices, encoder: str, seed: int, device: str, precision: str
 ) -> Callable[[Checkpoint | None, Score], dict[str, Any]]:
+    """A function that describes everything that a score depends on: results of equal descriptions are equal."""
     digests = {labelled: digest(slices, labelled) for labelled in (False, True)}
     common = {
         "encoder": encoder,

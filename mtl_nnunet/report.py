@@ -267,7 +267,8 @@ def draw_ranking(ranking: Ranking, dataset: str, path: Path) -> None:
         more_handles, more_labels = twin.get_legend_handles_labels()
         handles, labels = handles + more_handles, labels + more_labels
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    # named, since a file that is not whole yet has another ending
+    figure.savefig(path, format="png", dpi=150, metadata={"Software": None})
 
 
 def draw_predictions(

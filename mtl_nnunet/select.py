@@ -101,29 +101,20 @@ def select_checkpoint(
     """
     chosen_scores = parse_scores(scores)
     rule = parse_rule(rule) if isinstance(rule, str) else Rule() if rule is None and race else rule
-    fold = _parsed_fold(fold)
     for name, number, least in (("num_slices", num_slices, 2), ("num_cases", num_cases, 2), ("seed", seed, 0)):
         if not least <= number < 2**32:
             raise UserError(f"{name} is {number}; it must be at least {least}.")
     if race and (len(chosen_scores) > 1 or rule != Rule()):
         raise UserError("a race goes with one score and rule best: what is out early has no score on all patients.")
     labelled = any(score.labels for score in chosen_scores)
-    if fold is not None and not labelled:
-        raise UserError(
-            "-f keeps labels of validation cases out, and no score here uses labels. Choose a score that does "
-            f"({listed(LABELLED, len(LABELLED))}), or leave -f out."
-        )
-    fold = "all" if labelled and fold is None else fold
-    dataset = _found(dataset, skip_bad_cases)
-    if isinstance(fold, int):
-        dataset = _training_cases(dataset, fold)
+    dataset, fold = cases_to_score(dataset, chosen_scores, fold, skip_bad_cases)
     if output is not None:
         refuse_foreign_folder(output, overwrite)
     found = _found_checkpoints(checkpoints, weights)
     if rule is None:
         rule = default_rule([c.epoch for c in found], [c.step for c in found])
     if rule.name == "expected-loss":
-        chosen_scores += _scores_of_the_chooser(rule, chosen_scores, labelled)
+        chosen_scores += scores_of_the_chooser(rule.state, chosen_scores)
     encoder = encoder or next((c.architecture for c in found if c.architecture), None) or architecture_of(found[-1])
     slices = gather_slices(dataset, num_slices, num_cases, seed, with_labels=labelled, skip_bad_cases=skip_bad_cases)
     forwards = 1.0
@@ -136,6 +127,47 @@ def select_checkpoint(
     if output is not None:
         content = write_selection(output, rankings, dataset, slices, seed, command, overwrite, fold)
     return Outcome(rankings, dataset, slices, fold, forwards, Path(output) if output is not None else None, content)
+
+
+def cases_to_score(
+    dataset: Dataset | int | str | Path,
+    scores: Sequence[Score],
+    fold: int | str | None = None,
+    skip_bad_cases: bool = False,
+) -> tuple[Dataset, int | str | None]:
+    """The cases that scores may see, and whose validation cases were kept out of them.
+
+    Args:
+        dataset: As for ``select_checkpoint``.
+        scores: To be computed.
+        fold: With scores that need labels: whose validation cases to keep out, or ``all``.
+        skip_bad_cases: Go on without cases that cannot be used.
+
+    Returns:
+        Dataset, and fold: ``all`` where labels of none were kept out, None where no score needs labels.
+
+    Raises:
+        UserError: No such dataset, or a fold that cannot be kept out.
+    """
+    fold = _parsed_fold(fold)
+    labelled = any(score.labels for score in scores)
+    if fold is not None and not labelled:
+        raise UserError(
+            "-f keeps labels of validation cases out, and no score here uses labels. Choose a score that does "
+            f"({listed(LABELLED, len(LABELLED))}), or leave -f out."
+        )
+    fold = "all" if labelled and fold is None else fold
+    found = _found(dataset, skip_bad_cases)
+    return _training_cases(found, fold) if isinstance(fold, int) else found, fold
+
+
+def scores_of_the_chooser(state: str, there: Sequence[Score]) -> list[Score]:
+    """What the chooser reads of encoders of this state and was not asked for; labels are not read for its sake."""
+    known = read_chooser().states.get(state)
+    texts = {s.text for s in there if s.has_default_views}
+    labelled = any(s.labels for s in there)
+    read = parse_scores(known.evidence.scores) if known and known.evidence else []
+    return [s for s in read if s.text not in texts and (labelled or not s.labels)]
 
 
 def default_output(dataset_name: str, fold: int | str | None = None) -> Path:
@@ -159,14 +191,6 @@ def _found(dataset: Dataset | int | str | Path, skip_bad_cases: bool) -> Dataset
     if isinstance(dataset, Path) or (isinstance(dataset, str) and os.sep in dataset):
         return find_image_folder(dataset, skip_bad_cases=skip_bad_cases)
     return find_nnunet_dataset(dataset, skip_bad_cases)
-
-
-def _scores_of_the_chooser(rule: Rule, there: Sequence[Score], labelled: bool) -> list[Score]:
-    """What the chooser reads and was not asked for; labels are not read for its sake."""
-    known = read_chooser().states.get(rule.state)
-    texts = {s.text for s in there if s.has_default_views}
-    read = parse_scores(known.evidence.scores) if known and known.evidence else []
-    return [s for s in read if s.text not in texts and (labelled or not s.labels)]
 
 
 def _parsed_fold(fold: Any) -> int | str | None:

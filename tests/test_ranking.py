@@ -185,13 +185,13 @@ def test_one_more_checkpoint_or_score_computes_only_that(
     slices: Slices, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counted: list[tuple[int, int]] = []
-    original = ranking_module._evaluate
+    original = ranking_module.score_on_target
 
     def counting(encoder: nn.Module, target: object, scores: list[Score], *rest: object) -> list[Scored]:
         counted.append((1, len(scores)))
         return original(encoder, target, scores, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(ranking_module, "_evaluate", counting)
+    monkeypatch.setattr(ranking_module, "score_on_target", counting)
     cache = ResultCache(tmp_path / "kept")
     checkpoints = find_checkpoints([DEMO_RUN])
     score, other = parse_score("contrastive"), parse_score("uniformity")

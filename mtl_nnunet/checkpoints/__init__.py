@@ -5,7 +5,7 @@ from mtl_nnunet.checkpoints.checkpoint import WHICH_WEIGHTS, Checkpoint, Publish
 from mtl_nnunet.checkpoints.file import Contents, read_contents, read_weights
 from mtl_nnunet.checkpoints.filenames import epoch_in_name
 from mtl_nnunet.checkpoints.published import find_published, is_published_name, list_published
-from mtl_nnunet.checkpoints.run import Listing, find_checkpoints, list_checkpoints
+from mtl_nnunet.checkpoints.run import Listing, files_of_run, find_checkpoints, list_checkpoints
 
 __all__ = [
     "WHICH_WEIGHTS",
@@ -16,6 +16,7 @@ __all__ = [
     "ages",
     "architecture_of",
     "epoch_in_name",
+    "files_of_run",
     "find_checkpoints",
     "find_published",
     "inferred_architecture",

@@ -51,8 +51,11 @@ TORCHVISION_NAMES = {
     "swin_v2_s": "swinv2_small_window8_256",
     "swin_v2_b": "swinv2_base_window8_256",
 }
+# where runs write how many epochs they are to have
+EPOCHS_KEYS = ("epochs", "max_epochs", "num_train_epochs", "num_epochs")
 # where runs write the name of their network
 ARCHITECTURE_KEYS = ("arch", "model", "architecture", "model_name", "backbone", "encoder", "network", "encoder_name")
+SETTINGS_KEYS = ("args", "hyper_parameters", "config")
 MARKS_OF_HEADS = ("fc.", "head.", "project", "predict", "prototypes")
 STILL_WRITING_SECONDS = 120
 
@@ -68,6 +71,7 @@ class Contents:
         kind: The format in words.
         step: Optimiser step, where the file says.
         left_out: Names of tensors that are not of this encoder: heads of self-supervised methods, a second encoder.
+        planned_epochs: How many epochs the run is to have, where the file says.
     """
 
     weights: dict[str, Tensor]
@@ -76,6 +80,7 @@ class Contents:
     kind: str
     step: int | None = None
     left_out: tuple[str, ...] = ()
+    planned_epochs: int | None = None
 
 
 def read_contents(path: str | Path, which: str = "default") -> Contents:
@@ -125,6 +130,7 @@ def read_contents(path: str | Path, which: str = "default") -> Contents:
         kind=_kind(path, content, scheme, left_out),
         step=_whole_number(content.get("global_step")),
         left_out=tuple(left_out),
+        planned_epochs=next((n for k in SETTINGS_KEYS if (n := planned_epochs_in(content.get(k)))), None),
     )
 
 
@@ -154,6 +160,21 @@ def architecture_in(settings: Any) -> str | None:
     """timm's name of the network that a run's settings name (a mapping or a Namespace), or None."""
     said = settings if isinstance(settings, Mapping) else getattr(settings, "__dict__", {})
     return next((name for key in ARCHITECTURE_KEYS if (name := timm_name(said.get(key)))), None)
+
+
+def planned_epochs_in(settings: Any) -> int | None:
+    """How many epochs a run is to have by its settings (a mapping or a Namespace), or None.
+
+    Example:
+        >>> [planned_epochs_in(s) for s in ({"epochs": 300, "cooldown_epochs": 10}, {"max_epochs": -1}, {"num_train_epochs": 3.0})]
+        [310, None, 3]
+    """
+    said = settings if isinstance(settings, Mapping) else getattr(settings, "__dict__", {})
+    stated = (said.get(key) for key in EPOCHS_KEYS)
+    whole = (int(n) if isinstance(n, float) and n.is_integer() else n for n in stated)
+    number = next((n for n in map(_whole_number, whole) if n), None)
+    # timm's schedules end with these, on top of the epochs
+    return None if number is None else number + (_whole_number(said.get("cooldown_epochs")) or 0)
 
 
 class _Inert:
@@ -263,10 +284,9 @@ def _holds_values(value: Any) -> bool:
 
 
 def _architecture(content: Mapping[str, Any], metadata: Mapping[str, str]) -> str | None:
-    places = (content.get("args"), content.get("hyper_parameters"), content.get("config"))
     return (
         timm_name(content.get("arch"))
-        or next((name for place in places if (name := architecture_in(place))), None)
+        or next((name for key in SETTINGS_KEYS if (name := architecture_in(content.get(key)))), None)
         or timm_name(content.get("architecture"))
         or timm_name(metadata.get("architecture"))
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from mtl_nnunet.checkpoints.file import architecture_in, timm_name
+from mtl_nnunet.checkpoints.file import architecture_in, planned_epochs_in, timm_name
 
 SETTINGS = ("args.yaml", "hparams.yaml", "config.json")
 # names of the columns that hold validation accuracy: in per cent (timm; DeiT's and ConvNeXt's code), and by users' choice
@@ -34,12 +34,14 @@ class RunLog:
         accuracy: Validation top-1 in per cent by epoch.
         accuracy_by_step: The same by optimiser step.
         epochs_per_step: Hugging Face's Trainer counts steps; None elsewhere.
+        planned_epochs: How many epochs the run is to have, or None.
     """
 
     architecture: str | None = None
     accuracy: Mapping[int, float] = field(default_factory=dict)
     accuracy_by_step: Mapping[int, float] = field(default_factory=dict)
     epochs_per_step: float | None = None
+    planned_epochs: int | None = None
 
     def epoch_of(self, step: int) -> int | None:
         """The epoch that a step ends, or None where it lies inside one.
@@ -73,12 +75,13 @@ def read_run_log(folder: Path, last: Path | None = None) -> RunLog:
         if isinstance(row, Mapping):
             _note(row, by_epoch, by_step)
     ended, steps = _number(trainer.get("epoch")), _number(trainer.get("global_step"))
-    architectures = (_architecture(place / name) for place in (*places, *_folder_of(last)) for name in SETTINGS)
+    stated = [_settings(place / name) for place in (*places, *_folder_of(last)) for name in SETTINGS]
     return RunLog(
-        architecture=next((name for name in architectures if name), None),
+        architecture=next((name for settings in stated if (name := _architecture(settings))), None),
         accuracy=_in_per_cent(by_epoch),
         accuracy_by_step=_in_per_cent(by_step),
         epochs_per_step=ended / steps if ended and steps else None,
+        planned_epochs=next((n for settings in (*stated, trainer) if (n := planned_epochs_in(settings))), None),
     )
 
 
@@ -86,19 +89,19 @@ def _folder_of(file: Path | None) -> list[Path]:
     return [] if file is None else [file.parent]
 
 
-def _architecture(path: Path) -> str | None:
+def _settings(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
-        return None
+        return {}
     try:
         text = path.read_text(encoding="utf-8")
         settings = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
-        return None
-    return (
-        (architecture_in(settings) or timm_name(settings.get("architecture")))
-        if isinstance(settings, Mapping)
-        else None
-    )
+        return {}
+    return settings if isinstance(settings, Mapping) else {}
+
+
+def _architecture(settings: Mapping[str, Any]) -> str | None:
+    return architecture_in(settings) or timm_name(settings.get("architecture"))
 
 
 def _json(path: Path) -> Mapping[str, Any]:

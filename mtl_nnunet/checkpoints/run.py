@@ -18,6 +18,7 @@ from tqdm import tqdm
 from mtl_nnunet.checkpoints.checkpoint import NAMES_IN_FOLDERS, Checkpoint
 from mtl_nnunet.checkpoints.file import Contents, read_contents
 from mtl_nnunet.checkpoints.filenames import (
+    COMPANIONS,
     RECOVERY,
     SUFFIXES,
     epoch_in_name,
@@ -155,7 +156,7 @@ def _files_of(paths: Sequence[Path]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            files += _files_of_run(path)
+            files += files_of_run(path)
         elif path.is_file():
             files.append(path)
         else:
@@ -168,10 +169,16 @@ def _files_of(paths: Sequence[Path]) -> list[Path]:
     return list({file.absolute(): file for file in files}.values())
 
 
-def _files_of_run(folder: Path) -> list[Path]:
+def files_of_run(folder: Path) -> list[Path]:
+    """The files of a run's folder that hold weights, by their names; none is opened.
+
+    Raises:
+        UserError: There is none.
+    """
     inside = sorted(folder.iterdir())
     files = [f for f in inside if is_checkpoint_name(f.name) and f.is_file()]
-    folders = [d for d in inside if d.is_dir() and d.name[0] != "."]
+    # a folder of a temporary name is not whole yet
+    folders = [d for d in inside if d.is_dir() and not COMPANIONS.search(d.name)]
     # Hugging Face and Accelerate give each checkpoint a folder, and put the best or last one beside them once more
     in_folders = [w for d in folders if (w := _weights_in(d)) is not None]
     beside = [f for f in files if f.name in NAMES_IN_FOLDERS]
@@ -191,7 +198,7 @@ def _files_of_run(folder: Path) -> list[Path]:
     deeper = [folder / "checkpoints", *sorted(folder.glob("lightning_logs/*/checkpoints"))]
     held = [d for d in deeper if d.is_dir() and any(is_checkpoint_name(f.name) or _weights_in(f) for f in d.iterdir())]
     if len(held) == 1:
-        return _files_of_run(held[0])
+        return files_of_run(held[0])
     if (folder / ".metadata").is_file() and any(folder.glob("*.distcp")):
         raise UserError(
             f"{folder} is a distributed checkpoint of torch, in shards. Make one file of it, then pass that: "

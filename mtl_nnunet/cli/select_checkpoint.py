@@ -9,6 +9,25 @@ import sys
 from collections.abc import Sequence
 
 from mtl_nnunet.cli.command import run
+from mtl_nnunet.cli.options import (
+    add_cache,
+    add_dataset,
+    add_encoder,
+    add_precision,
+    add_score,
+    add_skip_bad_cases,
+    add_views_and_cases,
+    available_device,
+    cache_named,
+    dataset_named,
+    dataset_words,
+    label_and_view_words,
+    one_or_more,
+    sampling_words,
+    score_words,
+    scores_named,
+    weights_words,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -21,9 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
         "dse. With labels: ccfv, logme, gbc, hscore, knn, probe, dse_labels. Parameters follow the name: "
         "-score robustness:margin=0.25,distance=l2,level=5,pooled=no; level=all averages all levels.",
     )
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("-d", metavar="DATASET", help="number or name of a dataset in nnUNet_raw, e.g. 4")
-    source.add_argument("-i", metavar="FOLDER", help="folder of images, or Decathlon/MONAI datalist, without nnU-Net")
+    add_dataset(parser)
     parser.add_argument(
         "-ckpt",
         nargs="+",
@@ -32,26 +49,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="folder of a pretraining run, or its files; or published weights: timm:resnet50 (all of that network), "
         "timm:resnet50.a1_in1k, hf-hub:OWNER/NAME, each with @REVISION if wanted",
     )
-    parser.add_argument(
-        "-weights",
-        choices=("default", "ema", "trained"),
-        default="default",
-        help="which weights in each file: what its own code would evaluate (default), their moving average (EMA, teacher, key "
-        "encoder), or what gradients trained (student, query encoder)",
-    )
-    parser.add_argument("-encoder", metavar="NAME", help="timm's name of the encoder, where the checkpoints do not say")
+    add_encoder(parser)
     parser.add_argument(
         "-o",
         metavar="FOLDER",
         help="where to write; default with -d: the dataset's folder in nnUNet_preprocessed",
     )
-    parser.add_argument(
-        "-score",
-        nargs="+",
-        metavar="NAME",
-        help="score to show, and with -rule best to choose by (default: contrastive, with -labels ccfv); more names are computed "
-        "beside it",
-    )
+    add_score(parser)
     parser.add_argument(
         "-rule",
         metavar="RULE",
@@ -60,52 +64,21 @@ def build_parser() -> argparse.ArgumentParser:
         "share of the gain over random weights, else the last. Default: expected-loss; where checkpoints state steps and no "
         "epochs last; among checkpoints of no one run, such as published weights, and with --race best",
     )
-    parser.add_argument("-labels", action="store_true", help="use the labels of the training cases")
-    parser.add_argument(
-        "-f",
-        metavar="FOLD",
-        type=_fold,
-        help="with labels: keep the validation cases of this fold of nnU-Net's split out (0 to 4), or all",
-    )
-    parser.add_argument("-views", choices=("scanner", "paper"), help="views of slices; default: the score's own")
-    parser.add_argument(
-        "-strength", type=_strength, default=1.0, metavar="X", help="strength of the views (default: 1)"
-    )
-    parser.add_argument(
-        "-num_slices", type=_two_or_more, default=256, metavar="N", help="slices at most (default: 256)"
-    )
-    parser.add_argument(
-        "-num_cases", type=_two_or_more, default=64, metavar="N", help="cases read at most (default: 64)"
-    )
-    parser.add_argument("-patients", metavar="CSV", help="table case,patient; default: every case is a patient")
-    parser.add_argument(
-        "-channel_names",
-        nargs="+",
-        metavar="NAME",
-        help="with -i: channels as in nnU-Net's dataset.json, e.g. CT",
-    )
-    parser.add_argument(
-        "-seed", type=_seed, default=0, metavar="N", help="seed of slices, views and bootstrap (default: 0)"
-    )
+    add_views_and_cases(parser)
     parser.add_argument("-device", choices=("cpu", "cuda", "mps"), help="default: cuda where there is one, else cpu")
-    parser.add_argument("-precision", choices=("auto", "fp32", "bf16"), default="auto", help="default: bf16 on GPUs")
+    add_precision(parser)
     parser.add_argument(
-        "-np", type=_one_or_more, default=1, metavar="N", help="checkpoints scored at a time (default: 1)"
+        "-np", type=one_or_more, default=1, metavar="N", help="checkpoints scored at a time (default: 1)"
     )
     parser.add_argument("-backend", choices=("loky", "dask", "ray"), default="loky", help="where -np workers run")
     parser.add_argument("-address", metavar="URL", help="scheduler of a Dask or Ray cluster; default: one of its own")
-    parser.add_argument(
-        "-cache", metavar="FOLDER", help="where results are kept (default: $MTL_CACHE or ~/.cache/mtl-nnunet)"
-    )
-    parser.add_argument("--no-cache", action="store_true", help="compute everything anew and keep nothing")
+    add_cache(parser)
     parser.add_argument(
         "--race",
         action="store_true",
         help="stop scoring checkpoints that are clearly out on a part of the patients; one score, rule best",
     )
-    parser.add_argument(
-        "--skip-bad-cases", action="store_true", help="go on without cases that cannot be used, up to a tenth of them"
-    )
+    add_skip_bad_cases(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace a selection that is there")
     parser.add_argument("--json", action="store_true", help="print selection.json on stdout instead of the table")
     parser.add_argument("--verbose", action="store_true", help="show the traceback of an error")
@@ -119,9 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def select(args: argparse.Namespace) -> None:
     """Gather slices, rank, write and print."""
-    from mtl_nnunet.cache import ResultCache, default_folder
-    from mtl_nnunet.cases import find_image_folder, find_nnunet_dataset, with_patients
-    from mtl_nnunet.errors import UserError, listed
+    from mtl_nnunet.errors import UserError
     from mtl_nnunet.parallel import workers
     from mtl_nnunet.report import (
         budget_text,
@@ -131,32 +102,15 @@ def select(args: argparse.Namespace) -> None:
         ranking_text,
         warnings_in_words,
     )
-    from mtl_nnunet.scores import LABELLED, parse_score
     from mtl_nnunet.select import default_output, select_checkpoint
 
-    if args.channel_names and args.d:
-        raise UserError("-channel_names goes with -i; with -d they stand in dataset.json.")
     if args.i and not args.o:
         raise UserError("-i needs -o FOLDER: there is no nnU-Net folder to write to.")
-    scores = [parse_score(s, args.views, args.strength) for s in args.score or [_default_score(args)]]
-    if args.labels and not any(s.labels for s in scores):
-        raise UserError(
-            f"-labels is given, and no score here uses labels. Choose one of {listed(LABELLED, len(LABELLED))}."
-        )
-    if (args.views or args.strength != 1) and all(s.views == "plain" for s in scores):
-        raise UserError(
-            "-views and -strength go with scores that compare views, and none is named here. Leave them out."
-        )
+    scores = scores_named(args)
     if args.address and args.backend == "loky":
         raise UserError("-address goes with -backend dask or ray.")
-    device = _device(args.device)
-    dataset = (
-        find_nnunet_dataset(args.d, args.skip_bad_cases)
-        if args.d
-        else find_image_folder(args.i, args.channel_names, args.skip_bad_cases)
-    )
-    if args.patients:
-        dataset = with_patients(dataset, args.patients)
+    device = available_device(args.device)
+    dataset = dataset_named(args)
     folder = args.o or str(default_output(dataset.name, args.f))
     with workers(args.np, args.backend, args.address):
         outcome = select_checkpoint(
@@ -173,7 +127,7 @@ def select(args: argparse.Namespace) -> None:
             seed=args.seed,
             device=device,
             precision=args.precision,
-            cache=None if args.no_cache else ResultCache(args.cache or default_folder()),
+            cache=cache_named(args),
             race=args.race,
             skip_bad_cases=args.skip_bad_cases,
             overwrite=args.overwrite,
@@ -212,10 +166,6 @@ def select(args: argparse.Namespace) -> None:
         print(_next_commands(int(dataset.name[7:10]), folder, args.o is not None, outcome.fold, device))
 
 
-def _default_score(args: argparse.Namespace) -> str:
-    return "ccfv" if args.labels else "contrastive"
-
-
 def _next_commands(number: int, folder: str, elsewhere: bool, fold: int | str | None, device: str) -> str:
     on_device = "" if device == "cuda" else f" -device {device}"
     of_fold = isinstance(fold, int)
@@ -231,87 +181,16 @@ def _next_commands(number: int, folder: str, elsewhere: bool, fold: int | str | 
     return "\n".join(lines)
 
 
-def _device(wanted: str | None) -> str:
-    import torch
-
-    from mtl_nnunet.errors import UserError
-
-    if wanted is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available[wanted]:
-        have = ", ".join(name for name, there in available.items() if there)
-        raise UserError(f"-device {wanted} is not available on this machine. Available: {have}.")
-    return wanted
-
-
 def _command(args: argparse.Namespace, device: str) -> list[str]:
     # only what decides the result, so that the same selection is recorded by the same bytes
-    source = ["-d", args.d] if args.d else ["-i", args.i]
-    words = ["mtl-select-checkpoint", *source, "-ckpt", *args.ckpt]
-    for name in ("encoder", "patients", "rule"):
-        if getattr(args, name):
-            words += [f"-{name}", getattr(args, name)]
-    if args.weights != "default":
-        words += ["-weights", args.weights]
-    if args.channel_names:
-        words += ["-channel_names", *args.channel_names]
-    words += ["-score", *(args.score or [_default_score(args)])]
-    if args.labels:
-        words.append("-labels")
-    for name in ("f", "views"):
-        if getattr(args, name) is not None:
-            words += [f"-{name}", getattr(args, name)]
+    words = ["mtl-select-checkpoint", *dataset_words(args), "-ckpt", *args.ckpt, *weights_words(args)]
+    words += ["-score", *score_words(args)]
+    if args.rule:
+        words += ["-rule", args.rule]
+    words += label_and_view_words(args)
     if args.race:
         words.append("--race")
     if args.skip_bad_cases:
         words.append("--skip-bad-cases")
-    words += [
-        "-strength",
-        args.strength,
-        "-precision",
-        args.precision,
-        "-num_slices",
-        args.num_slices,
-        "-num_cases",
-        args.num_cases,
-        "-seed",
-        args.seed,
-    ]
-    return [shlex.quote(str(w)) for w in (*words, "-device", device)]
-
-
-def _whole(text: str, least: int, most: int = 2**32 - 1) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number") from None
-    if not least <= value <= most:
-        raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most}")
-    return value
-
-
-def _two_or_more(text: str) -> int:
-    return _whole(text, 2)
-
-
-def _one_or_more(text: str) -> int:
-    return _whole(text, 1)
-
-
-def _seed(text: str) -> int:
-    return _whole(text, 0)
-
-
-def _fold(text: str) -> int | str:
-    return text if text == "all" else _whole(text, 0)
-
-
-def _strength(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text} is no number") from None
-    if not 0 < value <= 2:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 2")
-    return value
+    words += [*sampling_words(args), "-device", device]
+    return [shlex.quote(str(w)) for w in words]
