@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ class Rule:
         probability: Non-inferior: how often, over resampled patients, the loss must be within the margin.
         price: Expected loss: what a whole pretraining is worth, in Dice points.
         state: Expected loss: whether the encoder is to be trained (``free``) or not (``frozen``).
+        chooser: Expected loss: a file of ``mtl-nnunet fit-chooser``; None for the shipped one.
     """
 
     name: str = "best"
@@ -37,6 +39,7 @@ class Rule:
     probability: float = 0.95
     price: float = 0.0
     state: str = "free"
+    chooser: Path | None = None
 
     @property
     def text(self) -> str:
@@ -47,9 +50,8 @@ class Rule:
                 f"{self.probability:g}, else last"
             )
         if self.name == "expected-loss":
-            return (
-                f"least expected Dice loss, encoder {self.state}, a whole pretraining worth {self.price:g} Dice points"
-            )
+            by = "" if self.chooser is None else f", by {self.chooser.name}"
+            return f"least expected Dice loss{by}, encoder {self.state}, a whole pretraining worth {self.price:g} Dice points"
         return {"best": "best score", "last": "last epoch"}[self.name]
 
 

@@ -415,7 +415,7 @@ class Monitor:
 
 def with_scores_of_the_chooser(scores: Sequence[Score], rule: StopRule) -> list[Score]:
     """Scores, and those that the rule reads beside them."""
-    return [*scores, *(scores_of_the_chooser(rule.state, scores) if rule.name != "patience" else [])]
+    return [*scores, *(scores_of_the_chooser(rule.state, scores, rule.chooser) if rule.name != "patience" else [])]
 
 
 def copied_encoder(model: nn.Module, name: str | None, input_channels: int, seed: int, called: str) -> nn.Module:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mtl_nnunet.cache import ResultCache
 from mtl_nnunet.cases import Dataset, find_image_folder, find_nnunet_dataset, without_validation_cases
 from mtl_nnunet.checkpoints import Checkpoint, architecture_of, find_checkpoints
-from mtl_nnunet.chooser import read_chooser
+from mtl_nnunet.chooser import SHIPPED, read_chooser
 from mtl_nnunet.decision import Rule, default_rule, parse_rule
 from mtl_nnunet.errors import UserError, listed
 from mtl_nnunet.racing import race_checkpoints
@@ -59,6 +59,7 @@ def select_checkpoint(
     weights: str = "default",
     output: str | Path | None = None,
     rule: Rule | str | None = None,
+    chooser: str | Path | None = None,
     fold: int | str | None = None,
     num_slices: int = 256,
     num_cases: int = 64,
@@ -84,6 +85,7 @@ def select_checkpoint(
         rule: ``best``, ``last``, ``non-inferior``, ``expected-loss`` (its scores are computed beside those named) or a ``Rule``.
             None: ``expected-loss`` where the checkpoints state epochs of one run, ``last`` where they state steps, else, and in a
             race, ``best``.
+        chooser: With ``expected-loss``: a file of ``mtl-nnunet fit-chooser``; None for the shipped one.
         fold: With scores that need labels: whose validation cases to keep out, or ``all``.
         num_slices: Slices at most.
         num_cases: Cases read at most.
@@ -113,8 +115,14 @@ def select_checkpoint(
     found = _found_checkpoints(checkpoints, weights)
     if rule is None:
         rule = default_rule([c.epoch for c in found], [c.step for c in found])
+    if chooser is not None:
+        if rule.name != "expected-loss":
+            raise UserError(
+                f"a chooser goes with rule expected-loss, and here the rule is {rule.name}. Leave -chooser out."
+            )
+        rule = replace(rule, chooser=Path(chooser))
     if rule.name == "expected-loss":
-        chosen_scores += scores_of_the_chooser(rule.state, chosen_scores)
+        chosen_scores += scores_of_the_chooser(rule.state, chosen_scores, rule.chooser)
     encoder = encoder or next((c.architecture for c in found if c.architecture), None) or architecture_of(found[-1])
     slices = gather_slices(dataset, num_slices, num_cases, seed, with_labels=labelled, skip_bad_cases=skip_bad_cases)
     forwards = 1.0
@@ -161,9 +169,9 @@ def cases_to_score(
     return _training_cases(found, fold) if isinstance(fold, int) else found, fold
 
 
-def scores_of_the_chooser(state: str, there: Sequence[Score]) -> list[Score]:
+def scores_of_the_chooser(state: str, there: Sequence[Score], chooser: Path | None = None) -> list[Score]:
     """What the chooser reads of encoders of this state and was not asked for; labels are not read for its sake."""
-    known = read_chooser().states.get(state)
+    known = read_chooser(chooser or SHIPPED).states.get(state)
     texts = {s.text for s in there if s.has_default_views}
     labelled = any(s.labels for s in there)
     read = parse_scores(known.evidence.scores) if known and known.evidence else []

@@ -338,7 +338,7 @@ def _expectation(ranking: Ranking) -> dict[str, Any]:
             }
             for checkpoint, (loss, low, high, within) in zip(ranking.checkpoints, columns, strict=True)
         ],
-        "chooser_sha256": sha256(SHIPPED),
+        "chooser_sha256": sha256(ranking.rule.chooser or SHIPPED),
     }
 
 

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from mtl_nnunet.bootstrap import FEWEST_PATIENTS, compare
-from mtl_nnunet.chooser import Chooser, draw_curves, log_time, read_chooser, restricted, trends, unlike, usable_scores
+from mtl_nnunet.chooser import (
+    SHIPPED,
+    Chooser,
+    draw_curves,
+    log_time,
+    read_chooser,
+    restricted,
+    trends,
+    unlike,
+    usable_scores,
+)
 from mtl_nnunet.curves import STATES
 from mtl_nnunet.errors import UserError, listed
 
@@ -35,6 +46,7 @@ class StopRule:
         price: Expected gain: what a whole pretraining is worth, in Dice points.
         state: Expected gain: whether the encoder will be trained on the target (``free``) or not (``frozen``).
         patience: For how many checkpoints the score may fail to improve.
+        chooser: Expected gain: a file of ``mtl-nnunet fit-chooser``; None for the shipped one.
 
     Raises:
         UserError: A name, price, state or patience that cannot be.
@@ -44,6 +56,7 @@ class StopRule:
     price: float = 0.0
     state: str = "free"
     patience: int = 3
+    chooser: Path | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be."""
@@ -122,7 +135,6 @@ def decide(
     scores: Mapping[str, Sequence[float]] | None = None,
     last_epoch: float | None = None,
     encoder: str | None = None,
-    chooser: Chooser | None = None,
 ) -> Advice:
     """Whether a pretraining should go on after the checkpoints that it has written.
 
@@ -135,7 +147,6 @@ def decide(
         scores: For the chooser: by name as typed for ``-score``, HIGHER IS BETTER, shape (K,) each.
         last_epoch: Number of the last planned epoch as the run counts them; None where the length of the run is not known.
         encoder: Architecture, to be told where the chooser never saw it.
-        chooser: Default: the shipped one.
 
     Raises:
         UserError: No checkpoint, one epoch twice, or expected gain where epochs or the length are not known.
@@ -168,7 +179,13 @@ def decide(
     assert last_epoch is not None
     # a run that goes on beyond its plan is over all the same
     gain = expected_gain(
-        chooser or read_chooser(), at, max(last_epoch, float(at.max())), scores, rule.state, rule.price, encoder
+        read_chooser(rule.chooser or SHIPPED),
+        at,
+        max(last_epoch, float(at.max())),
+        scores,
+        rule.state,
+        rule.price,
+        encoder,
     )
     if is_over:
         return Advice(True, True, "expected-gain", gain.best, "the last planned epoch is reached", None, gain.warnings)

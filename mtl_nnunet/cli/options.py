@@ -41,6 +41,15 @@ def add_score(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_chooser(parser: argparse.ArgumentParser) -> None:
+    """What expected Dice is learned from."""
+    parser.add_argument(
+        "-chooser",
+        metavar="JSON",
+        help="what expected Dice goes by: a file of mtl-nnunet fit-chooser (default: the shipped one)",
+    )
+
+
 def add_views_and_cases(parser: argparse.ArgumentParser) -> None:
     """Labels, views, and which cases and slices are read."""
     parser.add_argument("-labels", action="store_true", help="use the labels of the training cases")

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from mtl_nnunet.cli.command import run
 from mtl_nnunet.cli.options import (
     add_cache,
+    add_chooser,
     add_dataset,
     add_encoder,
     add_precision,
@@ -64,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
         "share of the gain over random weights, else the last. Default: expected-loss; where checkpoints state steps and no "
         "epochs last; among checkpoints of no one run, such as published weights, and with --race best",
     )
+    add_chooser(parser)
     add_views_and_cases(parser)
     parser.add_argument("-device", choices=("cpu", "cuda", "mps"), help="default: cuda where there is one, else cpu")
     add_precision(parser)
@@ -121,6 +123,7 @@ def select(args: argparse.Namespace) -> None:
             weights=args.weights,
             output=folder,
             rule=args.rule,
+            chooser=args.chooser,
             fold=args.f,
             num_slices=args.num_slices,
             num_cases=args.num_cases,
@@ -185,8 +188,9 @@ def _command(args: argparse.Namespace, device: str) -> list[str]:
     # only what decides the result, so that the same selection is recorded by the same bytes
     words = ["mtl-select-checkpoint", *dataset_words(args), "-ckpt", *args.ckpt, *weights_words(args)]
     words += ["-score", *score_words(args)]
-    if args.rule:
-        words += ["-rule", args.rule]
+    for name in ("rule", "chooser"):
+        if getattr(args, name):
+            words += [f"-{name}", getattr(args, name)]
     words += label_and_view_words(args)
     if args.race:
         words.append("--race")

@@ -8,11 +8,13 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from mtl_nnunet.cli.command import run
 from mtl_nnunet.cli.options import (
     above_zero,
     add_cache,
+    add_chooser,
     add_dataset,
     add_encoder,
     add_precision,
@@ -84,6 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("-signal", type=one_or_more, metavar="PID", help="process to send SIGTERM on stop")
     parser.add_argument("--once", action="store_true", help="score what is finished, and end")
     parser.add_argument("--keep-all", action="store_true", help="keep a copy of every checkpoint")
+    add_chooser(parser)
     add_views_and_cases(parser)
     parser.add_argument(
         "-device", choices=("cpu", "cuda", "mps"), default="cpu", help="default: cpu, which leaves the run its GPU"
@@ -120,7 +123,7 @@ def watch_pretraining(args: argparse.Namespace) -> None:
     from mtl_nnunet.stopping import StopRule
     from mtl_nnunet.watching import process_with, watch
 
-    rule = StopRule(args.rule, args.price, args.state, args.patience)
+    rule = StopRule(args.rule, args.price, args.state, args.patience, args.chooser and Path(args.chooser))
     if args.price and args.rule == "patience":
         raise UserError("-price goes with -rule expected-gain or auto: patience does not weigh costs.")
     scores = with_scores_of_the_chooser(scores_named(args), rule)
