@@ -230,7 +230,7 @@ def expected_gain(
     Example:
         >>> early, late = (expected_gain(read_chooser(), [1, 20, now], 300, price=1.0) for now in (40, 200))
         >>> f"{early.value:.4f} by {early.until:g}, {late.value:.4f} by {late.until:g}"
-        '0.0034 by 170, -0.0001 by 208'
+        '0.0093 by 213, 0.0001 by 233'
     """
     at = np.asarray(epochs, float)
     given = {name: np.asarray(values, float) for name, values in (scores or {}).items()}

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,17 +19,21 @@ import pytest
 import timm
 import torch
 from conftest import DEMO_RUN, REAL_DATA, needs_real_data, phantom, write_image
+from test_chooser import simulated
 
 from mtl_nnunet.bootstrap import bootstrap_draws
 from mtl_nnunet.cases import find_nnunet_dataset
 from mtl_nnunet.checkpoints import find_checkpoints, read_contents
-from mtl_nnunet.chooser import choose_by_expected_loss, read_chooser
+from mtl_nnunet.chooser import SHIPPED, Chooser, choose_by_expected_loss, read_chooser, write_chooser
+from mtl_nnunet.chooser_fit import fit_state
 from mtl_nnunet.cli.select_checkpoint import main
+from mtl_nnunet.files import sha256
 from mtl_nnunet.ranking import rank_checkpoints
 from mtl_nnunet.scores import parse_score
 from mtl_nnunet.selection import ENCODER_FILE, read_selection
 from mtl_nnunet.slices import gather_slices
 
+ROBUSTNESS = "robustness:level=-2,pooled=yes,distance=cosine,margin=0.5"
 FEW = ("-num_slices", "24", "-device", "cpu")
 
 
@@ -134,18 +139,36 @@ def test_published_score_with_parameters(dataset: Path) -> None:
     assert content["choice"] == min(content["checkpoints"], key=lambda c: c["value"])
 
 
-@pytest.mark.parametrize(
-    ("asked", "price"),
-    [
-        ((), 0),
-        (("-rule", "expected-loss:price=3"), 3),
-        (("-score", "robustness", "infonce", "-rule", "expected-loss:price=3"), 3),
-    ],
-)
-def test_expected_loss_weighs_the_scores_it_was_fitted_with(
-    dataset: Path, capsys: pytest.CaptureFixture[str], asked: tuple[str, ...], price: float
+def test_expected_loss_is_the_default(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run() == 0
+    printed = capsys.readouterr()
+    content = json.loads((selection_folder() / "selection.json").read_text())
+    epochs = [c["epoch"] for c in content["checkpoints"]]
+    by_hand = choose_by_expected_loss(read_chooser(), epochs, None, encoder="test_resnet")
+    assert content["choice"]["epoch"] == epochs[by_hand.index]
+    assert [c["expected_loss"] for c in content["expected_loss"]["checkpoints"]] == pytest.approx(
+        list(by_hand.expected_loss)
+    )
+    assert content["expected_loss"]["chooser_sha256"] == sha256(SHIPPED)
+    assert by_hand.text in printed.out
+    # its evidence is in the epochs: nothing is computed for its sake
+    assert content["other_scores"] == []
+
+
+@pytest.fixture(scope="module")
+def chooser_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A chooser that reads the published score, fitted on simulated curves."""
+    curves = [replace(c, scores={ROBUSTNESS: c.scores["seen"]}) for c in simulated(12, 0)[0]]
+    path = tmp_path_factory.mktemp("chooser") / "mine.json"
+    write_chooser(Chooser({"free": fit_state(curves, (ROBUSTNESS,))}, {"of": "simulated curves"}), path)
+    return path
+
+
+@pytest.mark.parametrize("asked", [(), ("-score", "robustness", "infonce")])
+def test_a_chooser_weighs_the_scores_it_was_fitted_with(
+    dataset: Path, capsys: pytest.CaptureFixture[str], chooser_file: Path, asked: tuple[str, ...]
 ) -> None:
-    assert run(*asked) == 0
+    assert run(*asked, "-rule", "expected-loss:price=3", "-chooser", str(chooser_file)) == 0
     printed = capsys.readouterr()
     content = json.loads((selection_folder() / "selection.json").read_text())
     rows = list(csv.DictReader((selection_folder() / "ranking.csv").open(newline="")))
@@ -153,17 +176,26 @@ def test_expected_loss_weighs_the_scores_it_was_fitted_with(
     # lower is better there, and the chooser takes what is higher
     values = {f"robustness:{robust[0]['parameters']}": [-float(r["score"]) for r in robust]}
     epochs = [int(r["epoch"]) for r in robust]
-    by_hand = choose_by_expected_loss(read_chooser(), epochs, values, price=price, encoder="test_resnet")
+    by_hand = choose_by_expected_loss(read_chooser(chooser_file), epochs, values, price=3, encoder="test_resnet")
     assert by_hand.used
     told = content["expected_loss"]
     assert content["choice"]["epoch"] == epochs[by_hand.index]
     assert [c["expected_loss"] for c in told["checkpoints"]] == pytest.approx(list(by_hand.expected_loss))
     assert told["warnings"] == list(by_hand.warnings)
+    assert told["chooser_sha256"] == sha256(chooser_file)
     assert by_hand.text in printed.out
+    assert "by mine.json" in content["rule"]
     assert all(f"warning: Expected loss: {text}" in printed.err for text in by_hand.warnings)
     # only the ranking that chose says what is lost
     assert [bool(r["expected_loss"]) for r in rows] == [r["name"] == rows[0]["name"] and bool(r["epoch"]) for r in rows]
     assert len([r for r in rows if r["chosen"] == "True" and r["name"] == rows[0]["name"]]) == 1
+
+
+def test_a_chooser_goes_with_expected_loss(
+    dataset: Path, capsys: pytest.CaptureFixture[str], chooser_file: Path, tmp_path: Path
+) -> None:
+    assert "rule expected-loss" in refused(capsys, "-rule", "best", "-chooser", str(chooser_file))
+    assert "no-such.json" in refused(capsys, "-chooser", str(tmp_path / "no-such.json"))
 
 
 def test_the_other_rules_say_nothing_of_losses(dataset: Path) -> None:
@@ -171,15 +203,15 @@ def test_the_other_rules_say_nothing_of_losses(dataset: Path) -> None:
     assert json.loads((selection_folder() / "selection.json").read_text())["expected_loss"] is None
 
 
-def test_views_of_another_kind_are_not_what_the_chooser_knows(dataset: Path) -> None:
-    assert run("-score", "robustness", "-views", "scanner", "-rule", "expected-loss") == 0
+def test_views_of_another_kind_are_not_what_the_chooser_knows(dataset: Path, chooser_file: Path) -> None:
+    rule = ("-rule", "expected-loss:price=3", "-chooser", str(chooser_file))
+    assert run("-score", "robustness", "-views", "scanner", *rule) == 0
     content = json.loads((selection_folder() / "selection.json").read_text())
     own = content["other_scores"][0]
     assert own["score"]["views"] == "paper"
     values = [-c["value"] for c in own["checkpoints"]]
     epochs = [c["epoch"] for c in content["checkpoints"]]
-    name = "robustness:level=-2,pooled=yes,distance=cosine,margin=0.5"
-    by_hand = choose_by_expected_loss(read_chooser(), epochs, {name: values})
+    by_hand = choose_by_expected_loss(read_chooser(chooser_file), epochs, {ROBUSTNESS: values}, price=3)
     assert [c["expected_loss"] for c in content["expected_loss"]["checkpoints"]] == pytest.approx(
         list(by_hand.expected_loss)
     )
