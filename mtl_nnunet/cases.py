@@ -307,9 +307,24 @@ def _hash_of_what_itk_can_read(case: Case, file: Path) -> str:
         raise UserError(_unreadable(file)) from error
     if not all(np.isfinite(s) and s != 0 for s in sizes):
         raise UserError(f"case {case.name} ({file}) states a voxel size of {sizes} mm. Repair the header.")
+    _refuse_endless_orientation(header, file)
     if np.issubdtype(stored.dtype, np.inexact) and not np.isfinite(stored).all():
         raise UserError(f"case {case.name} ({file}) holds NaN or infinite voxels. Repair it, or leave the case out.")
     return name
+
+
+def _refuse_endless_orientation(header: Any, file: Path) -> None:
+    """ITK computes for ever on some orientations that hold an infinite number, and cannot be interrupted."""
+    stated = [
+        *(("srow_x", "srow_y", "srow_z") if header["sform_code"] > 0 else ()),
+        *(
+            ("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z")
+            if header["qform_code"] > 0
+            else ()
+        ),
+    ]
+    if not all(np.isfinite(header[name]).all() for name in stated):
+        raise UserError(f"{file} states an orientation that holds NaN or infinity. Repair the header.")
 
 
 def _raw_folder(dataset: str | int) -> Path:
@@ -383,7 +398,13 @@ def _listed_cases(folder: Path, description: dict[str, Any]) -> tuple[Case, ...]
 def _nnunet_reader(description: dict[str, Any], examples: Sequence[Path]) -> str:
     from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 
+    endless: UserError | None = None
     for example in examples:
+        try:
+            _refuse_endless_orientation(_nifti_header(example), example)
+        except UserError as error:
+            endless = error
+            continue
         # nnU-Net prints a traceback for each reader that fails
         noise = io.StringIO()
         with (
@@ -392,7 +413,21 @@ def _nnunet_reader(description: dict[str, Any], examples: Sequence[Path]) -> str
             contextlib.redirect_stderr(noise),
         ):
             return str(determine_reader_writer_from_dataset_json(description, str(example), verbose=False).__name__)
-    raise UserError(_unreadable(examples[0]))
+    raise endless or UserError(_unreadable(examples[0]))
+
+
+def _nifti_header(file: Path) -> Any:
+    """The header as it is, or that of an image without an orientation where this is no NIfTI file that can be opened."""
+    import nibabel
+
+    try:
+        with gzip.open(file) if file.name.endswith(".gz") else open(file, "rb") as stream:
+            start = stream.read(nibabel.Nifti2Header.template_dtype.itemsize)
+        kind = nibabel.Nifti2Header if start[:4] in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c") else nibabel.Nifti1Header
+        return kind.from_fileobj(io.BytesIO(start), check=False)
+    except Exception:
+        # the reader will say what is wrong
+        return nibabel.Nifti1Header()
 
 
 def _read_with_nnunet(files: Sequence[Path], reader: str) -> tuple[np.ndarray, tuple[float, float, float]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -158,3 +160,27 @@ def test_a_plain_folder_with_odd_names(tmp_path: Path) -> None:
     for file in list(images.iterdir()):
         os.rename(file, images / file.name.replace("case_0", "Bild nummer ").replace("_0000", ""))
     assert len(find_image_folder(images).cases) == 3
+
+
+# ITK's reader computes for ever on these rows, which a fuzz test came upon
+ENDLESS = (
+    *(6.4707054e15, -0.0, -0.0, 3e38),
+    *(4.7135823e16, 0.0, 1e30, -9.2196294e15),
+    *(60.0, float("-inf"), -5.4929054e16, -1.6854989e16),
+)
+
+
+def test_an_orientation_with_infinity_is_refused_and_not_read_for_ever(
+    make_dataset: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_dataset(1, num_cases=6)
+    file = sorted((folder / "imagesTr").glob("*.nii.gz"))[0]
+    image = nibabel.load(file)
+    image.set_sform(np.eye(4), code=2)
+    nibabel.save(image, file)
+    content = bytearray(gzip.decompress(file.read_bytes()))
+    content[280:328] = struct.pack("<12f", *ENDLESS)
+    file.write_bytes(gzip.compress(bytes(content)))
+    line = refused(capsys)
+    assert file.name in line
+    assert line.endswith("states an orientation that holds NaN or infinity. Repair the header.")
