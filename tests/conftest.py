@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -160,3 +161,18 @@ class Workplace:
 
     def model(self, trainer: str | None = None, plans: str = "nnUNetPlans", configuration: str = "2d") -> Path:
         return self.root / "results" / self.dataset / f"{trainer or self.trainer}__{plans}__{configuration}"
+
+
+@pytest.fixture(scope="session")
+def chooser_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A chooser that reads the published score, as the shipped one does not, fitted on simulated curves."""
+    from test_chooser import SCORE, simulated
+
+    from mtl_nnunet.chooser import Chooser, write_chooser
+    from mtl_nnunet.chooser_fit import fit_state
+
+    curves = [replace(c, scores={SCORE: c.scores["seen"]}) for c in simulated(12, 0)[0]]
+    path = tmp_path_factory.mktemp("chooser") / "mine.json"
+    state = fit_state(curves, (SCORE,))
+    write_chooser(Chooser({"free": state, "frozen": state}, {"of": "simulated curves"}), path)
+    return path

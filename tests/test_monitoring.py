@@ -267,8 +267,20 @@ def test_expected_gain_is_recorded_in_dice_points(tmp_path: Path, slices: Slices
     assert all(line["said"]["rule"] == "expected-gain" for line in lines)
     assert lines[0]["said"]["gain_in_dice_points"]["until_epoch"] == 39
     assert set(lines[0]["scores"]) == {s.text for s in monitor.scores}
-    assert len(monitor.scores) == 2
+    assert len(monitor.scores) == 1
     assert not (tmp_path / CURVE_FILE).exists()
+
+
+def test_scores_that_a_chooser_reads_are_computed_beside_the_first(
+    tmp_path: Path, slices: Slices, chooser_file: Path
+) -> None:
+    rule = StopRule(price=1, chooser=chooser_file)
+    with Monitor(tmp_path, slices, rule=rule, planned_epochs=40) as monitor:
+        for c in CHECKPOINTS:
+            monitor.see_checkpoint(c)
+    assert [s.name for s in monitor.scores] == ["contrastive", "robustness"]
+    last = json.loads((tmp_path / HISTORY_FILE).read_text().splitlines()[-1])
+    assert set(last["scores"]) == {s.text for s in monitor.scores}
 
 
 def test_weights_that_do_not_fit_are_named() -> None:

@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +18,12 @@ import pytest
 import timm
 import torch
 from conftest import DEMO_RUN, REAL_DATA, needs_real_data, phantom, write_image
-from test_chooser import simulated
+from test_chooser import SCORE
 
 from mtl_nnunet.bootstrap import bootstrap_draws
 from mtl_nnunet.cases import find_nnunet_dataset
 from mtl_nnunet.checkpoints import find_checkpoints, read_contents
-from mtl_nnunet.chooser import SHIPPED, Chooser, choose_by_expected_loss, read_chooser, write_chooser
-from mtl_nnunet.chooser_fit import fit_state
+from mtl_nnunet.chooser import SHIPPED, choose_by_expected_loss, read_chooser
 from mtl_nnunet.cli.select_checkpoint import main
 from mtl_nnunet.files import sha256
 from mtl_nnunet.ranking import rank_checkpoints
@@ -33,7 +31,6 @@ from mtl_nnunet.scores import parse_score
 from mtl_nnunet.selection import ENCODER_FILE, read_selection
 from mtl_nnunet.slices import gather_slices
 
-ROBUSTNESS = "robustness:level=-2,pooled=yes,distance=cosine,margin=0.5"
 FEW = ("-num_slices", "24", "-device", "cpu")
 
 
@@ -155,15 +152,6 @@ def test_expected_loss_is_the_default(dataset: Path, capsys: pytest.CaptureFixtu
     assert content["other_scores"] == []
 
 
-@pytest.fixture(scope="module")
-def chooser_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A chooser that reads the published score, fitted on simulated curves."""
-    curves = [replace(c, scores={ROBUSTNESS: c.scores["seen"]}) for c in simulated(12, 0)[0]]
-    path = tmp_path_factory.mktemp("chooser") / "mine.json"
-    write_chooser(Chooser({"free": fit_state(curves, (ROBUSTNESS,))}, {"of": "simulated curves"}), path)
-    return path
-
-
 @pytest.mark.parametrize("asked", [(), ("-score", "robustness", "infonce")])
 def test_a_chooser_weighs_the_scores_it_was_fitted_with(
     dataset: Path, capsys: pytest.CaptureFixture[str], chooser_file: Path, asked: tuple[str, ...]
@@ -211,7 +199,7 @@ def test_views_of_another_kind_are_not_what_the_chooser_knows(dataset: Path, cho
     assert own["score"]["views"] == "paper"
     values = [-c["value"] for c in own["checkpoints"]]
     epochs = [c["epoch"] for c in content["checkpoints"]]
-    by_hand = choose_by_expected_loss(read_chooser(chooser_file), epochs, {ROBUSTNESS: values}, price=3)
+    by_hand = choose_by_expected_loss(read_chooser(chooser_file), epochs, {SCORE: values}, price=3)
     assert [c["expected_loss"] for c in content["expected_loss"]["checkpoints"]] == pytest.approx(
         list(by_hand.expected_loss)
     )

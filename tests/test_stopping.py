@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_chooser import simulated
+from test_chooser import SCORE, simulated
 
-from mtl_nnunet.chooser import Chooser, log_time, read_chooser, trends, write_chooser
-from mtl_nnunet.chooser_fit import fit_state
+from mtl_nnunet.chooser import log_time, read_chooser, trends
 from mtl_nnunet.errors import UserError
 from mtl_nnunet.stopping import LEAST_SHARE, StopRule, carried_on, decide, expected_gain, last_improvement
 
 CHOOSER = read_chooser()
-SCORE = "robustness:level=-2,pooled=yes,distance=cosine,margin=0.5"
 EPOCHS = [1.0, 5.0, 20.0, 50.0, 100.0, 150.0, 200.0]
 SEEN = [c.scores["seen"][: len(EPOCHS)] for c in simulated(2, 5)[0]]
-
-
-@pytest.fixture(scope="module")
-def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A chooser that reads a score, fitted on simulated curves."""
-    curves = [replace(c, scores={SCORE: c.scores["seen"]}) for c in simulated(12, 0)[0]]
-    path = tmp_path_factory.mktemp("chooser") / "scored.json"
-    states = {state: fit_state(curves, (SCORE,)) for state in ("free", "frozen")}
-    write_chooser(Chooser(states, {"of": "simulated curves"}), path)
-    return path
 
 
 def noisy(values: np.ndarray, noise: float = 0.01, draws: int = 400) -> np.ndarray:
@@ -52,10 +39,10 @@ def test_with_no_price_going_on_is_worth_it_until_the_last_epoch() -> None:
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 7), st.floats(0, 8), st.floats(0, 8), st.sampled_from(["free", "frozen"]), st.booleans())
 def test_a_higher_price_never_stops_later(
-    scored: Path, seen: int, price: float, more: float, state: str, by_score: bool
+    chooser_file: Path, seen: int, price: float, more: float, state: str, by_score: bool
 ) -> None:
     scores = {SCORE: SEEN[0][:seen]} if by_score else {}
-    chooser = read_chooser(scored) if by_score else CHOOSER
+    chooser = read_chooser(chooser_file) if by_score else CHOOSER
     cheap, dear = (expected_gain(chooser, EPOCHS[:seen], 300, scores, state, p) for p in (price, price + more))
     assert dear.value <= cheap.value + 1e-12
     assert dear.best == cheap.best
@@ -63,10 +50,10 @@ def test_a_higher_price_never_stops_later(
 
 @settings(max_examples=10, deadline=None)
 @given(st.permutations(range(7)))
-def test_the_order_of_files_does_not_matter(scored: Path, order: list[int]) -> None:
+def test_the_order_of_files_does_not_matter(chooser_file: Path, order: list[int]) -> None:
     values = np.array([0.1, 0.4, 0.3, 0.6, 0.55, 0.5, 0.52])
     samples = noisy(values)
-    for rule in (StopRule("expected-gain", price=1.0, chooser=scored), StopRule("patience", patience=2)):
+    for rule in (StopRule("expected-gain", price=1.0, chooser=chooser_file), StopRule("patience", patience=2)):
         straight = decide(rule, EPOCHS, values, samples, 30, {SCORE: values}, 300)
         shuffled = decide(
             rule, [EPOCHS[i] for i in order], values[order], samples[order], 30, {SCORE: values[order]}, 300
@@ -77,8 +64,8 @@ def test_the_order_of_files_does_not_matter(scored: Path, order: list[int]) -> N
         assert shuffled.gain is None or straight.gain is None or shuffled.gain.value == straight.gain.value
 
 
-def test_scores_move_the_gain_once_they_tell_of_the_run(scored: Path) -> None:
-    chooser = read_chooser(scored)
+def test_scores_move_the_gain_once_they_tell_of_the_run(chooser_file: Path) -> None:
+    chooser = read_chooser(chooser_file)
     alone = expected_gain(chooser, EPOCHS, 300)
     gains = [expected_gain(chooser, EPOCHS, 300, {SCORE: values}) for values in SEEN]
     assert [g.used for g in gains] == [(SCORE,), (SCORE,)]
@@ -94,8 +81,8 @@ def test_scores_move_the_gain_once_they_tell_of_the_run(scored: Path) -> None:
     assert expected_gain(CHOOSER, EPOCHS, 300, {SCORE: SEEN[0]}).value == expected_gain(CHOOSER, EPOCHS, 300).value
 
 
-def test_a_score_unlike_all_fitted_ones_is_left_out_with_a_warning(scored: Path) -> None:
-    chooser = read_chooser(scored)
+def test_a_score_unlike_all_fitted_ones_is_left_out_with_a_warning(chooser_file: Path) -> None:
+    chooser = read_chooser(chooser_file)
     gain = expected_gain(chooser, EPOCHS, 300, {SCORE: 1e6 * SEEN[0]})
     assert gain.used == ()
     assert any("unlike the fitted curves that scores are left out" in w for w in gain.warnings)
