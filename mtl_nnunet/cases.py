@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -419,15 +420,28 @@ def _nnunet_reader(description: dict[str, Any], examples: Sequence[Path]) -> str
 def _nifti_header(file: Path) -> Any:
     """The header as it is, or that of an image without an orientation where this is no NIfTI file that can be opened."""
     import nibabel
+    from nibabel.spatialimages import HeaderDataError
+    from nibabel.wrapstruct import WrapStructError
 
+    nothing = nibabel.Nifti1Header()
+    if not file.name.endswith((".nii", ".nii.gz")):
+        return nothing
     try:
         with gzip.open(file) if file.name.endswith(".gz") else open(file, "rb") as stream:
             start = stream.read(nibabel.Nifti2Header.template_dtype.itemsize)
         kind = nibabel.Nifti2Header if start[:4] in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c") else nibabel.Nifti1Header
-        return kind.from_fileobj(io.BytesIO(start), check=False)
-    except Exception:
+        # without what may follow it: from_fileobj reads extensions too
+        return kind(start[: kind.template_dtype.itemsize], check=False)
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        zlib.error,
+        HeaderDataError,
+        WrapStructError,
+    ):
         # the reader will say what is wrong
-        return nibabel.Nifti1Header()
+        return nothing
 
 
 def _read_with_nnunet(files: Sequence[Path], reader: str) -> tuple[np.ndarray, tuple[float, float, float]]:

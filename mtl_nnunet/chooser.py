@@ -16,7 +16,7 @@ from mtl_nnunet.errors import UserError, listed
 from mtl_nnunet.files import to_json, write_text
 
 FORMAT = "mtl-nnunet chooser 1"
-# fitted on the published tables
+# fitted on the published tables and on benchmarks/evidence/balanced.csv
 SHIPPED = Path(__file__).with_name("chooser.json")
 NUM_DRAWS = 4000
 # quantiles of the unknown steepness that the draws are spread over
@@ -154,8 +154,8 @@ def choose_by_expected_loss(
 
     Scores that are missing, not finite or the same everywhere are left out, and the coefficients of the others are those of a
     fit without them (with the spread of the deviations as it was fitted with all); with none left it is the prior over
-    epochs. A run that is very unlike the fitted ones gets its last checkpoint, and a warning that says why; so does, at no price, an
-    encoder that was not among them.
+    epochs. A run that is very unlike the fitted ones gets its last checkpoint, and a warning that says why. At no price the
+    last is taken too where no score enters, and of an encoder that was not fitted.
 
     Args:
         chooser: From ``read_chooser``, or ``mtl_nnunet.chooser_fit.fit_state``.
@@ -196,17 +196,16 @@ def choose_by_expected_loss(
     more, falls_back = unlike(known, model, at, whole, usable, encoder)
     if falls_back:
         more.append("that is so unlike the fitted curves that the last checkpoint is taken.")
-    elif price == 0 and encoder is not None and encoder not in known.encoders:
-        # measured by leaving encoders out: what it expects to gain over the last checkpoint is not gained there
-        falls_back = True
-        more.append("without a price, the last checkpoint is taken of an encoder that was not fitted.")
+    # measured by leaving targets and encoders out: what is expected to be gained over the last checkpoint by epochs alone, or on an
+    # encoder that was not fitted, is not gained
+    is_last = falls_back or (price == 0 and (not usable or (encoder is not None and encoder not in known.encoders)))
     curves = draw_curves(model, at, usable, whole)
     losses = curves.max(1, keepdims=True) - curves
     expected = losses.mean(0)
     low, high = np.array([shortest_interval(loss) for loss in losses.T]).T
     high = high * model.loss_factor
     cost = expected + price / 100 * at / max(whole, 1)
-    chosen = len(at) - 1 if falls_back else len(at) - 1 - int(np.argmin(cost[::-1]))
+    chosen = len(at) - 1 if is_last else len(at) - 1 - int(np.argmin(cost[::-1]))
     back = np.argsort(order)
     return Choice(
         int(order[chosen]),
@@ -483,8 +482,10 @@ def unlike(
     if judges_number and not fewest <= len(epochs) <= most:
         said.append(f"{len(epochs)} checkpoints; fitted on curves of {_between(fewest, most)}.")
     shortest, longest = known.last_epochs
-    if not shortest <= whole <= longest:
-        said.append(f"a pretraining of {whole:g} epochs; fitted on {_between(shortest, longest)}.")
+    # a run whose first checkpoint is epoch 0 counts from there
+    length = whole + (epochs[0] == 0)
+    if not shortest <= length <= longest:
+        said.append(f"a pretraining of {length:g} epochs; fitted on {_between(shortest, longest)}.")
     first = float(np.exp(log_time(epochs[:1], whole)[0]))
     if first < known.first_share * (1 - 1e-9):
         said.append(

@@ -51,6 +51,8 @@ class Rule:
             )
         if self.name == "expected-loss":
             by = "" if self.chooser is None else f", by {self.chooser.name}"
+            if self.price == 0:
+                return f"least expected Dice loss{by}, encoder {self.state}, without a price: the last epoch where no score enters"
             return f"least expected Dice loss{by}, encoder {self.state}, a whole pretraining worth {self.price:g} Dice points"
         return {"best": "best score", "last": "last epoch"}[self.name]
 

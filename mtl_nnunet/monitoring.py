@@ -579,7 +579,10 @@ def _refuse_changes(folder: Path, before: Mapping[str, Any], now: Mapping[str, A
         f"{k} was {before.get(k)} and is {now.get(k)}" for k in now if k != "scores" and before.get(k) != now.get(k)
     ]
     if list(before["scores"]) != list(now["scores"]):
-        changed.append(f"the scores were {listed(list(before['scores']))} and are {listed(list(now['scores']))}")
+        names = list(before["scores"])
+        changed.append(
+            f"the scores were {listed(names, len(names))} and are {listed(list(now['scores']))} (another chooser may read others: -score names all)"
+        )
     else:
         # an option that changed says why the slices did
         explained = {"slices", "seed"} if changed else set()

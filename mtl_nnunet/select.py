@@ -27,7 +27,7 @@ class Outcome:
     """What was found and where it was written.
 
     Attributes:
-        rankings: One a score; the first one chose.
+        rankings: One a score; the first one has the choice.
         dataset: The cases that could be sampled.
         slices: What was read of them.
         fold: Whose validation cases were kept out, ``all`` where labels of none were, None where no label was used.
@@ -46,7 +46,7 @@ class Outcome:
 
     @property
     def ranking(self) -> Ranking:
-        """The ranking that chose."""
+        """The ranking that has the choice."""
         return self.rankings[0]
 
 
@@ -78,13 +78,13 @@ def select_checkpoint(
         dataset: Number or name of an nnU-Net dataset, path of an image folder or datalist, or a ``Dataset``.
         checkpoints: Folder of a pretraining run, its files, names of published weights (``timm:NAME``), or what
             ``find_checkpoints`` found.
-        scores: By which scores; the first chooses.
+        scores: The first is shown, and chooses by rule ``best``; the others are computed beside it.
         encoder: timm's name of the architecture, where the checkpoints do not say and their tensors do not tell.
         weights: Which of the weights in each file: ``default``, ``ema`` (their moving average) or ``trained``.
         output: Folder to write; None writes nothing.
         rule: ``best``, ``last``, ``non-inferior``, ``expected-loss`` (its scores are computed beside those named) or a ``Rule``.
-            None: ``expected-loss`` where the checkpoints state epochs of one run, ``last`` where they state steps, else, and in a
-            race, ``best``.
+            None: ``expected-loss`` where the checkpoints state epochs, each its own, ``last`` where they state steps, else, and in
+            a race, ``best``.
         chooser: With ``expected-loss``: a file of ``mtl-nnunet fit-chooser``; None for the shipped one.
         fold: With scores that need labels: whose validation cases to keep out, or ``all``.
         num_slices: Slices at most.
@@ -102,11 +102,13 @@ def select_checkpoint(
         UserError: What is wrong and what to do about it; nothing was written.
     """
     chosen_scores = parse_scores(scores)
-    rule = parse_rule(rule) if isinstance(rule, str) else Rule() if rule is None and race else rule
+    if rule is None and (race or chooser is not None):
+        rule = Rule() if race else Rule("expected-loss")
+    rule = parse_rule(rule) if isinstance(rule, str) else rule
     for name, number, least in (("num_slices", num_slices, 2), ("num_cases", num_cases, 2), ("seed", seed, 0)):
         if not least <= number < 2**32:
             raise UserError(f"{name} is {number}; it must be at least {least}.")
-    if race and (len(chosen_scores) > 1 or rule != Rule()):
+    if race and (len(chosen_scores) > 1 or rule != Rule() or chooser is not None):
         raise UserError("a race goes with one score and rule best: what is out early has no score on all patients.")
     labelled = any(score.labels for score in chosen_scores)
     dataset, fold = cases_to_score(dataset, chosen_scores, fold, skip_bad_cases)

@@ -112,7 +112,7 @@ def write_selection(
 
     Args:
         folder: Where to; its parents are made.
-        rankings: What was found; the first one chooses.
+        rankings: What was found; the first one has the choice.
         dataset: On which dataset.
         slices: On which slices.
         seed: Seed of the run.

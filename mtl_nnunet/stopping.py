@@ -187,11 +187,14 @@ def decide(
         rule.price,
         encoder,
     )
+    # without a price, epochs alone were not found to choose better than the last one
+    goes_on = rule.price == 0 and not gain.used
+    best = int(np.argmax(at)) if goes_on else gain.best
     if is_over:
-        return Advice(True, True, "expected-gain", gain.best, "the last planned epoch is reached", None, gain.warnings)
-    stop = gain.value <= 0
+        return Advice(True, True, "expected-gain", best, "the last planned epoch is reached", None, gain.warnings)
+    stop = gain.value <= 0 and not goes_on
     said = f"expected gain of going on: {gain.text}"
-    return Advice(stop, False, "expected-gain", gain.best, said, gain, gain.warnings)
+    return Advice(stop, False, "expected-gain", best, said, gain, gain.warnings)
 
 
 def expected_gain(

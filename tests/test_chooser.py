@@ -399,3 +399,20 @@ def test_what_a_seed_does_to_all_checkpoints_alike_is_no_noise() -> None:
     assert seed_variances([replace(noisy[0], dice=gaps)])[0] * np.isfinite(gaps).sum(1) == pytest.approx(
         0.01**2, rel=0.2
     )
+
+
+@pytest.mark.parametrize("state", ["free", "frozen"])
+@pytest.mark.parametrize(
+    "epochs", [range(100), range(16), range(1, 301), [1, 20, 50, 100, 150, 200, 250, 300], [296, 300]]
+)
+def test_the_shipped_chooser_takes_the_last_without_a_price(state: str, epochs: list[int]) -> None:
+    shipped = read_chooser()
+    for encoder in ("resnet50", "no_net"):
+        assert choose_by_expected_loss(shipped, epochs, None, state, encoder=encoder).index == len(epochs) - 1
+    if len(epochs) > 2:
+        assert choose_by_expected_loss(shipped, epochs, None, state, price=20).index < len(epochs) - 1
+
+
+def test_epochs_that_count_from_zero_are_one_more() -> None:
+    said = [choose_by_expected_loss(read_chooser(), epochs, None).warnings for epochs in ([0, 7, 15], [1, 7, 15])]
+    assert ["a pretraining of" in " ".join(w) for w in said] == [False, True]

@@ -170,13 +170,17 @@ ENDLESS = (
 )
 
 
+@pytest.mark.parametrize("comment", [b"", b"x" * 2000])
 def test_an_orientation_with_infinity_is_refused_and_not_read_for_ever(
-    make_dataset: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    make_dataset: Callable[..., Path], capsys: pytest.CaptureFixture[str], comment: bytes
 ) -> None:
     folder = make_dataset(1, num_cases=6)
     file = sorted((folder / "imagesTr").glob("*.nii.gz"))[0]
     image = nibabel.load(file)
     image.set_sform(np.eye(4), code=2)
+    if comment:
+        # an extension between header and voxels
+        image.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", comment))
     nibabel.save(image, file)
     content = bytearray(gzip.decompress(file.read_bytes()))
     content[280:328] = struct.pack("<12f", *ENDLESS)

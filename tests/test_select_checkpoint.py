@@ -81,7 +81,7 @@ def test_writes_the_choice_and_prints_what_to_do_next(dataset: Path, capsys: pyt
         assert printed in out
     assert [c["epoch"] for c in content["checkpoints"]] == [0, 3, 8, 16, 25, 39]
     assert [c["logged_accuracy"] for c in content["checkpoints"]] == [4.68, 17.94, 27.48, 32.48, 34.84, 36.42]
-    # of the last epoch, where the chooser was not fitted on the encoder
+    assert content["choice"]["epoch"] == 39, "without a price the last epoch"
     (chosen_entry,) = [c for c in content["checkpoints"] if c["file"] == content["choice"]["file"]]
     assert content["choice"] == chosen_entry
     assert content["budget"][0]["epoch"] == chosen_entry["epoch"]
@@ -183,6 +183,7 @@ def test_a_chooser_goes_with_expected_loss(
     dataset: Path, capsys: pytest.CaptureFixture[str], chooser_file: Path, tmp_path: Path
 ) -> None:
     assert "rule expected-loss" in refused(capsys, "-rule", "best", "-chooser", str(chooser_file))
+    assert "race" in refused(capsys, "--race", "-chooser", str(chooser_file))
     assert "no-such.json" in refused(capsys, "-chooser", str(tmp_path / "no-such.json"))
 
 

@@ -23,6 +23,13 @@ def noisy(values: np.ndarray, noise: float = 0.01, draws: int = 400) -> np.ndarr
     return values[:, None] + np.random.default_rng(0).normal(0, noise, (len(values), draws))
 
 
+def test_with_no_price_no_epoch_but_the_last_is_a_stop() -> None:
+    for state, seen in (("free", 290), ("frozen", 270)):
+        late = decide(StopRule(state=state), range(seen), np.zeros(seen), np.zeros((seen, 1)), 20, {}, 299)
+        assert not late.stop
+        assert late.best == seen - 1
+
+
 def test_with_no_price_going_on_is_worth_it_until_the_last_epoch() -> None:
     rule = StopRule("expected-gain")
     for seen in range(1, len(EPOCHS) + 1):

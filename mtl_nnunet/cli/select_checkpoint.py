@@ -63,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="expected-loss[:price=0,state=free]: least expected Dice loss plus what a whole pretraining is worth in Dice points, "
         "encoder free or frozen; best score; last; or non-inferior[:margin=0.05,probability=0.95]: the earliest that loses at most that "
         "share of the gain over random weights, else the last. Default: expected-loss; where checkpoints state steps and no "
-        "epochs last; among checkpoints of no one run, such as published weights, and with --race best",
+        "epochs last; where they state neither, such as published weights, and with --race best",
     )
     add_chooser(parser)
     add_views_and_cases(parser)
@@ -194,7 +194,5 @@ def _command(args: argparse.Namespace, device: str) -> list[str]:
     words += label_and_view_words(args)
     if args.race:
         words.append("--race")
-    if args.skip_bad_cases:
-        words.append("--skip-bad-cases")
     words += [*sampling_words(args), "-device", device]
     return [shlex.quote(str(w)) for w in words]

@@ -124,8 +124,10 @@ def watch_pretraining(args: argparse.Namespace) -> None:
     from mtl_nnunet.watching import process_with, watch
 
     rule = StopRule(args.rule, args.price, args.state, args.patience, args.chooser and Path(args.chooser))
-    if args.price and args.rule == "patience":
-        raise UserError("-price goes with -rule expected-gain or auto: patience does not weigh costs.")
+    if args.rule == "patience" and (args.price or args.chooser or args.state != "free"):
+        raise UserError(
+            "-price, -state and -chooser go with -rule expected-gain or auto: patience goes by the score alone."
+        )
     scores = with_scores_of_the_chooser(scores_named(args), rule)
     process = None if args.signal is None else process_with(args.signal)
     device = available_device(args.device)
@@ -234,4 +236,10 @@ def command_of(text: str | None) -> list[str] | None:
 
 
 def _price(text: str) -> float:
-    return 0.0 if text in ("0", "0.0") else above_zero(text)
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is no number") from None
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not at least 0")
+    return value
