@@ -470,9 +470,10 @@ def test_the_command_watches_and_says_what_is_next(
     ("options", "status", "said"),
     [
         (("-rule", "hope"), 2, "invalid choice"),
-        (("-price", "-1"), 2, "not above 0"),
+        (("-price", "-1"), 2, "not at least 0"),
         (("-every", "0"), 2, "not above 0"),
-        (("-rule", "patience", "-price", "1"), 1, "patience does not weigh costs"),
+        (("-rule", "patience", "-price", "1"), 1, "patience goes by the score alone"),
+        (("-rule", "patience", "-chooser", "mine.json"), 1, "patience goes by the score alone"),
         (("-on_stop", "no-such-program now"), 1, "there is no program 'no-such-program'"),
         (("-on_stop", "echo 'open"), 1, "No closing quotation"),
         (("-signal", "4194304"), 1, "no process 4194304"),
