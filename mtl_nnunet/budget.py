@@ -72,24 +72,26 @@ def budgets_of(ranking: Ranking) -> tuple[Budget, ...]:
         return ()
     hours = hours_between(checkpoints)
     told = ranking.expectation
+    if told is not None and not np.isfinite(told.expected_loss).all():
+        # of a state that was not fitted nothing is known
+        told = None
     last, first = max(epochs), min(epochs)
     # a run whose first checkpoint is epoch 0 counts from there
     whole = last + (first == 0)
 
     def budget(i: int) -> Budget:
-        known = told is not None and np.isfinite(told.expected_loss[i])
         return Budget(
             epoch=epochs[i],
             last=last,
             saved_epochs=last - epochs[i],
             saved_share=(last - epochs[i]) / whole,
             saved_hours=None if hours is None else hours * (last - epochs[i]),
-            expected_loss=float(told.expected_loss[i]) if told is not None and known else None,
-            most=float(told.high[i]) if told is not None and known else None,
+            expected_loss=float(told.expected_loss[i]) if told is not None else None,
+            most=float(told.high[i]) if told is not None else None,
         )
 
     found = [budget(ranking.choice)]
-    if told is not None and np.isfinite(told.expected_loss).all():
+    if told is not None:
         enough = told.expected_loss <= told.expected_loss[ranking.choice] + SMALL_LOSS
         earliest = min((i for i in range(len(epochs)) if enough[i]), key=lambda i: epochs[i])
         if epochs[earliest] < epochs[ranking.choice]:

@@ -25,6 +25,8 @@ from mtl_nnunet.files import sha256
 PLAIN_ENDINGS = (".nii.gz", ".nii", ".png", ".tif", ".tiff", ".bmp", ".jpg", ".jpeg")
 # nnU-Net's spacing for the missing axis of a 2D image
 SLICE_SPACING_OF_2D = 999.0
+# bytes of a NIfTI-2 header; one of NIfTI-1 is shorter
+LONGEST_HEADER = 540
 # deflate cannot do better than 1032 to 1
 MOST_THAT_GZIP_SHRINKS = 1032
 # of the cases, may be skipped when a user says so
@@ -299,10 +301,10 @@ def _hash_of_what_itk_can_read(case: Case, file: Path) -> str:
         content = file.read_bytes()
         name = hashlib.sha256(content).hexdigest()
         raw = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
-        kind = nibabel.Nifti2Image if raw[:4] in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c") else nibabel.Nifti1Image
+        header = _nifti_header(raw)
+        kind = nibabel.Nifti2Image if isinstance(header, nibabel.Nifti2Header) else nibabel.Nifti1Image
         with nibabel.imageglobals.LoggingOutputSuppressor():
             stored = np.asanyarray(kind.from_bytes(raw).dataobj.get_unscaled())
-            header = kind.header_class.from_fileobj(io.BytesIO(raw), check=False)
         sizes = [float(p) for n, p in zip(header["dim"][1:4], header["pixdim"][1:4], strict=True) if n > 1]
     except Exception as error:
         raise UserError(_unreadable(file)) from error
@@ -402,7 +404,7 @@ def _nnunet_reader(description: dict[str, Any], examples: Sequence[Path]) -> str
     endless: UserError | None = None
     for example in examples:
         try:
-            _refuse_endless_orientation(_nifti_header(example), example)
+            _refuse_endless_file(example)
         except UserError as error:
             endless = error
             continue
@@ -417,31 +419,27 @@ def _nnunet_reader(description: dict[str, Any], examples: Sequence[Path]) -> str
     raise endless or UserError(_unreadable(examples[0]))
 
 
-def _nifti_header(file: Path) -> Any:
-    """The header as it is, or that of an image without an orientation where this is no NIfTI file that can be opened."""
+def _nifti_header(start: bytes) -> Any:
+    """The header that a NIfTI file starts with, unchecked and without the extensions that may follow it."""
     import nibabel
+
+    kind = nibabel.Nifti2Header if start[:4] in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c") else nibabel.Nifti1Header
+    return kind(start[: kind.template_dtype.itemsize], check=False)
+
+
+def _refuse_endless_file(file: Path) -> None:
+    """The same of a file that was not read yet; what is wrong with it otherwise, the reader will say."""
     from nibabel.spatialimages import HeaderDataError
     from nibabel.wrapstruct import WrapStructError
 
-    nothing = nibabel.Nifti1Header()
     if not file.name.endswith((".nii", ".nii.gz")):
-        return nothing
+        return
     try:
         with gzip.open(file) if file.name.endswith(".gz") else open(file, "rb") as stream:
-            start = stream.read(nibabel.Nifti2Header.template_dtype.itemsize)
-        kind = nibabel.Nifti2Header if start[:4] in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c") else nibabel.Nifti1Header
-        # without what may follow it: from_fileobj reads extensions too
-        return kind(start[: kind.template_dtype.itemsize], check=False)
-    except (
-        OSError,
-        EOFError,
-        ValueError,
-        zlib.error,
-        HeaderDataError,
-        WrapStructError,
-    ):
-        # the reader will say what is wrong
-        return nothing
+            header = _nifti_header(stream.read(LONGEST_HEADER))
+    except (OSError, EOFError, ValueError, zlib.error, HeaderDataError, WrapStructError):
+        return
+    _refuse_endless_orientation(header, file)
 
 
 def _read_with_nnunet(files: Sequence[Path], reader: str) -> tuple[np.ndarray, tuple[float, float, float]]:

@@ -171,17 +171,9 @@ def choose_by_expected_loss(
     Raises:
         UserError: No checkpoint, epochs or a price that cannot be, or scores of another number of checkpoints.
     """
-    at = np.asarray(epochs, float)
-    given = {name: np.asarray(values, float) for name, values in (scores or {}).items()}
-    if not len(at) or not np.isfinite(at).all() or (at < 0).any() or not (np.isfinite(price) and price >= 0):
-        raise UserError(f"epochs {list(epochs)}, price {price}: expected at least one epoch, and none below 0.")
-    for name, values in given.items():
-        if values.shape != at.shape:
-            raise UserError(
-                f"score '{name}' has {values.size} values for {at.size} checkpoints; expected one for each."
-            )
-    order = np.argsort(at, kind="stable")
-    at, given = at[order], {name: values[order] for name, values in given.items()}
+    if not (np.isfinite(price) and price >= 0):
+        raise UserError(f"price {price}: expected Dice points, at least 0.")
+    at, given, order = by_epoch(epochs, scores)
     whole = float(at[-1]) if pretraining_epochs is None else float(pretraining_epochs)
     if whole < at[-1]:
         raise UserError(f"a pretraining of {whole:g} epochs has no epoch {at[-1]:g}. Pass the length of the whole run.")
@@ -217,6 +209,31 @@ def choose_by_expected_loss(
         (*warnings, *more),
         falls_back,
     )
+
+
+def by_epoch(
+    epochs: Sequence[float] | np.ndarray, scores: Mapping[str, Sequence[float]] | None
+) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
+    """Epochs ascending, the scores in their order, and the order: indices of what was given.
+
+    Raises:
+        UserError: No epoch, one that cannot be, or scores of another number of checkpoints.
+
+    Example:
+        >>> by_epoch([9, 2], {"rankme": [0.5, 0.1]})
+        (array([2., 9.]), {'rankme': array([0.1, 0.5])}, array([1, 0]))
+    """
+    at = np.asarray(epochs, float)
+    given = {name: np.asarray(values, float) for name, values in (scores or {}).items()}
+    if not len(at) or not np.isfinite(at).all() or (at < 0).any():
+        raise UserError(f"epochs {list(epochs)}: expected at least one epoch, and none below 0.")
+    for name, values in given.items():
+        if values.shape != at.shape:
+            raise UserError(
+                f"score '{name}' has {values.size} values for {at.size} checkpoints; expected one for each."
+            )
+    order = np.argsort(at, kind="stable")
+    return at[order], {name: values[order] for name, values in given.items()}, order
 
 
 def value_at_levels(scores: Mapping[str, np.ndarray], name: str) -> np.ndarray | None:
@@ -360,7 +377,7 @@ def write_chooser(chooser: Chooser, path: str | Path) -> None:
     write_text(path, to_json({"format": FORMAT, "provenance": chooser.provenance, "states": states}))
 
 
-def read_chooser(path: str | Path = SHIPPED) -> Chooser:
+def read_chooser(path: str | Path | None = None) -> Chooser:
     """Read a chooser, by default the shipped one, and check it; nothing in the file is run.
 
     Raises:
@@ -371,6 +388,7 @@ def read_chooser(path: str | Path = SHIPPED) -> Chooser:
         >>> choice.index, choice.fell_back
         (4, False)
     """
+    path = path or SHIPPED
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         if content["format"] != FORMAT:

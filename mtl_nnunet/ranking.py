@@ -26,7 +26,7 @@ from mtl_nnunet.bootstrap import (
 )
 from mtl_nnunet.cache import ResultCache, Scored, code_sha256
 from mtl_nnunet.checkpoints import Checkpoint, ages, read_weights
-from mtl_nnunet.chooser import SHIPPED, Choice, choose_by_expected_loss, read_chooser
+from mtl_nnunet.chooser import Choice, choose_by_expected_loss, read_chooser
 from mtl_nnunet.decision import Rule, choose, parse_rule
 from mtl_nnunet.embedding import Target, digest, embed, make_target, resolved_precision
 from mtl_nnunet.encoder import TimmEncoder, random_encoder
@@ -209,7 +209,7 @@ def by_expected_loss(rankings: Sequence[Ranking]) -> tuple[Ranking, ...]:
     """The first ranking with the choice that all scores together make; the others choose by their own best score."""
     first = rankings[0]
     choice = choose_by_expected_loss(
-        read_chooser(first.rule.chooser or SHIPPED),
+        read_chooser(first.rule.chooser),
         [float(c.checkpoint.epoch) for c in first.checkpoints if c.checkpoint and c.checkpoint.epoch is not None],
         {
             r.score.text: [c.value if r.score.higher_is_better else -c.value for c in r.checkpoints]

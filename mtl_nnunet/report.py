@@ -126,7 +126,9 @@ def comparison_text(ranking: Ranking) -> str:
 def budget_text(ranking: Ranking) -> str:
     """What stopping at the choice saves and costs, and the earliest checkpoint that is expected to lose little more."""
     budgets = budgets_of(ranking)
-    lines = [f"{name}: {budget.text}." for name, budget in zip(("chosen", "cheaper"), budgets, strict=False)]
+    lines = [
+        f"{name}: {budget.text}." for name, budget in zip(("chosen", "cheaper")[: len(budgets)], budgets, strict=True)
+    ]
     if any(budget.saved_epochs for budget in budgets):
         lines.append(
             "This is of weights as they are in the middle of the longer run; a run planned for fewer epochs lowers its rate sooner and "

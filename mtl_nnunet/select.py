@@ -12,7 +12,7 @@ from typing import Any
 from mtl_nnunet.cache import ResultCache
 from mtl_nnunet.cases import Dataset, find_image_folder, find_nnunet_dataset, without_validation_cases
 from mtl_nnunet.checkpoints import Checkpoint, architecture_of, find_checkpoints
-from mtl_nnunet.chooser import SHIPPED, read_chooser
+from mtl_nnunet.chooser import read_chooser
 from mtl_nnunet.decision import Rule, default_rule, parse_rule
 from mtl_nnunet.errors import UserError, listed
 from mtl_nnunet.racing import race_checkpoints
@@ -173,7 +173,7 @@ def cases_to_score(
 
 def scores_of_the_chooser(state: str, there: Sequence[Score], chooser: Path | None = None) -> list[Score]:
     """What the chooser reads of encoders of this state and was not asked for; labels are not read for its sake."""
-    known = read_chooser(chooser or SHIPPED).states.get(state)
+    known = read_chooser(chooser).states.get(state)
     texts = {s.text for s in there if s.has_default_views}
     labelled = any(s.labels for s in there)
     read = parse_scores(known.evidence.scores) if known and known.evidence else []

@@ -10,8 +10,8 @@ import numpy as np
 
 from mtl_nnunet.bootstrap import FEWEST_PATIENTS, compare
 from mtl_nnunet.chooser import (
-    SHIPPED,
     Chooser,
+    by_epoch,
     draw_curves,
     log_time,
     read_chooser,
@@ -179,7 +179,7 @@ def decide(
     assert last_epoch is not None
     # a run that goes on beyond its plan is over all the same
     gain = expected_gain(
-        read_chooser(rule.chooser or SHIPPED),
+        read_chooser(rule.chooser),
         at,
         max(last_epoch, float(at.max())),
         scores,
@@ -235,25 +235,15 @@ def expected_gain(
         >>> f"{early.value:.4f} by {early.until:g}, {late.value:.4f} by {late.until:g}"
         '0.0093 by 213, 0.0001 by 233'
     """
-    at = np.asarray(epochs, float)
-    given = {name: np.asarray(values, float) for name, values in (scores or {}).items()}
-    if not len(at) or not np.isfinite(at).all() or (at < 0).any():
-        raise UserError(f"epochs {list(epochs)}: expected at least one epoch, and none below 0.")
-    if at.max() > last_epoch:
+    at, given, order = by_epoch(epochs, scores)
+    if at[-1] > last_epoch:
         raise UserError(
-            f"epoch {at.max():g} lies beyond the last planned epoch, {last_epoch:g}. Pass the length of the whole run: -epochs."
+            f"epoch {at[-1]:g} lies beyond the last planned epoch, {last_epoch:g}. Pass the length of the whole run: -epochs."
         )
     if state not in chooser.states:
         raise UserError(
             f"no curve of state '{state}' was fitted: expected {listed(sorted(chooser.states))}. Or use -rule patience."
         )
-    for name, values in given.items():
-        if values.shape != at.shape:
-            raise UserError(
-                f"score '{name}' has {values.size} values for {at.size} checkpoints; expected one for each."
-            )
-    order = np.argsort(at, kind="stable")
-    at, given = at[order], {name: values[order] for name, values in given.items()}
     known, seen = chooser.states[state], len(at)
     everything = np.concatenate([at, _later(at[-1], last_epoch)])
     if known.evidence is not None and given and (seen < FEWEST_FOR_TREND or at[-1] < LEAST_SHARE * last_epoch):

@@ -427,19 +427,13 @@ def test_all_copies_are_kept_on_request(tmp_path: Path, run: Path, look: Look) -
     assert copies(tmp_path) == {f.name for f in FILES[:4]}
 
 
+def words(tmp_path: Path, phantoms: Path, run: Path) -> list[str]:
+    source = ["-i", str(phantoms / "imagesTr"), "-run", str(run), "-o", str(tmp_path / "out")]
+    return [*source, "-num_slices", "24", "--once"]
+
+
 def command(tmp_path: Path, phantoms: Path, run: Path, *more: str) -> int:
-    words = [
-        "-i",
-        str(phantoms / "imagesTr"),
-        "-run",
-        str(run),
-        "-o",
-        str(tmp_path / "out"),
-        "-num_slices",
-        "24",
-        "--once",
-    ]
-    return main([*words, *more])
+    return main([*words(tmp_path, phantoms, run), *more])
 
 
 def test_the_command_watches_and_says_what_is_next(
@@ -525,18 +519,7 @@ def test_a_watcher_that_is_killed_goes_on_without_loss(tmp_path: Path, phantoms:
     for file in FILES:
         shutil.copy(file, run)
     code = "import sys; from mtl_nnunet.cli.watch_pretraining import main; sys.exit(main())"
-    words = [
-        "-i",
-        str(phantoms / "imagesTr"),
-        "-run",
-        str(run),
-        "-o",
-        str(tmp_path / "out"),
-        "-num_slices",
-        "24",
-        "--once",
-    ]
-    begun = [sys.executable, "-c", code, *words, "-rule", "patience", "-patience", "99"]
+    begun = [sys.executable, "-c", code, *words(tmp_path, phantoms, run), "-rule", "patience", "-patience", "99"]
     history = tmp_path / "out" / HISTORY_FILE
     for wanted in (1, 3):
         watcher = subprocess.Popen(begun, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -94,6 +94,7 @@ def _shapes(name: str) -> Mapping[str, tuple[int, ...]] | None:
         with torch.device("meta"), _NumbersOnCPU(), torch.random.fork_rng(devices=[]):
             model = timm.create_model(name, pretrained=False, num_classes=0)
     except (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError):
+        # timm raises any of these for a network that needs what is not installed or values in place of shapes: no candidate
         return None
     return {k: tuple(v.shape) for k, v in model.state_dict().items()}
 

@@ -31,6 +31,7 @@ from mtl_nnunet.cli.options import (
     score_words,
     scores_named,
     weights_words,
+    zero_or_more,
 )
 
 
@@ -59,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "-price",
-        type=_price,
+        type=zero_or_more,
         default=0.0,
         metavar="X",
         help="what a whole pretraining is worth to you in Dice points (default: 0, go on as long as anything is expected)",
@@ -233,13 +234,3 @@ def command_of(text: str | None) -> list[str] | None:
             "the like: \"sh -c '...'\"."
         )
     return words
-
-
-def _price(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text} is no number") from None
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not at least 0")
-    return value
