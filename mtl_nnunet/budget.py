@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mtl_nnunet.checkpoints import Checkpoint
+from mtl_nnunet.checkpoints import Checkpoint, runs_of, span_of_run
 from mtl_nnunet.ranking import Ranking
 
 # Dice that most people would give for a shorter pretraining
@@ -23,11 +23,12 @@ class Budget:
 
     Attributes:
         epoch: Of the checkpoint.
-        last: The last epoch of the run.
+        last: The last epoch of the run: the planned one where the run says, else the latest at hand.
         saved_epochs: How many come after it.
         saved_share: As a share of the run.
         saved_hours: By the times at which the checkpoints were written; None where these are not those of a run.
-        expected_loss: Dice from 0 to 1 against the best of the run; None where no rule said.
+        latest: The latest epoch at hand; before ``last`` the run is not over, or was cut short.
+        expected_loss: Dice from 0 to 1 against the best of the checkpoints at hand; None where no rule said.
         most: Upper end of its 90 % interval.
     """
 
@@ -36,6 +37,7 @@ class Budget:
     saved_epochs: int
     saved_share: float
     saved_hours: float | None
+    latest: int
     expected_loss: float | None
     most: float | None
 
@@ -48,11 +50,13 @@ class Budget:
             hours = (
                 "" if self.saved_hours is None else f", about {self.saved_hours:.3g} hours by the times of the files"
             )
-            said = f"stopping at epoch {self.epoch} saves {self.saved_epochs} epochs ({self.saved_share:.0%} of the run{hours})"
+            run = "run" if self.latest == self.last else "planned run"
+            said = f"stopping at epoch {self.epoch} saves {self.saved_epochs} epochs ({self.saved_share:.0%} of the {run}{hours})"
         if self.expected_loss is None or self.most is None:
             return said
+        against = "of this run" if self.latest == self.last else f"up to epoch {self.latest}"
         return (
-            f"{said}; expected to lose {100 * self.expected_loss:.2f} Dice points against the best of this run, with 90 % at most "
+            f"{said}; expected to lose {100 * self.expected_loss:.2f} Dice points against the best {against}, with 90 % at most "
             f"{100 * self.most:.2f}"
         )
 
@@ -60,32 +64,37 @@ class Budget:
 def budgets_of(ranking: Ranking) -> tuple[Budget, ...]:
     """The chosen checkpoint as the end of the pretraining, and the earliest that is expected to lose little more.
 
-    Nothing where the checkpoints are not dated by epochs. The second one is left out where it is not earlier, or where no
-    expected loss is known. Both speak of these weights, which a longer schedule left in its middle.
+    Nothing where the checkpoints are not dated by epochs, or are of several runs. The second one is left out where it is not
+    earlier, or where no expected loss is known. Both speak of these weights, which a longer schedule left in its middle.
 
     Args:
         ranking: With ``expectation``, where losses are wanted.
     """
     checkpoints = [c.checkpoint for c in ranking.checkpoints if c.checkpoint is not None]
     epochs = [c.epoch for c in checkpoints if c.epoch is not None]
-    if len(epochs) < max(2, len(ranking.checkpoints)) or len(set(epochs)) < len(epochs):
+    span = span_of_run(checkpoints)
+    if (
+        span is None
+        or len(epochs) < max(2, len(ranking.checkpoints))
+        or len(set(epochs)) < len(epochs)
+        or len(runs_of(checkpoints)) > 1
+    ):
         return ()
     hours = hours_between(checkpoints)
     told = ranking.expectation
     if told is not None and not np.isfinite(told.expected_loss).all():
         # of a state that was not fitted nothing is known
         told = None
-    last, first = max(epochs), min(epochs)
-    # a run whose first checkpoint is epoch 0 counts from there
-    whole = last + (first == 0)
+    first, last = span
 
     def budget(i: int) -> Budget:
         return Budget(
             epoch=epochs[i],
             last=last,
             saved_epochs=last - epochs[i],
-            saved_share=(last - epochs[i]) / whole,
+            saved_share=(last - epochs[i]) / (last + 1 - first),
             saved_hours=None if hours is None else hours * (last - epochs[i]),
+            latest=max(epochs),
             expected_loss=float(told.expected_loss[i]) if told is not None else None,
             most=float(told.high[i]) if told is not None else None,
         )

@@ -82,7 +82,7 @@ def parse_rule(text: str) -> Rule:
     return Rule(name, **values)
 
 
-def default_rule(epochs: Sequence[int | None], steps: Sequence[int | None]) -> Rule:
+def default_rule(epochs: Sequence[int | None], steps: Sequence[int | None], num_runs: int = 1) -> Rule:
     """What the evidence supports, as far as the checkpoints say how old they are (docs/evidence.md).
 
     Among checkpoints of one run the choice is by expected loss, or, where they state steps only, the last. Among others, such as
@@ -91,6 +91,7 @@ def default_rule(epochs: Sequence[int | None], steps: Sequence[int | None]) -> R
     Args:
         epochs: Pretraining epoch of each checkpoint, or None.
         steps: Optimiser step of each, or None.
+        num_runs: Of how many runs they are.
 
     Example:
         >>> [default_rule(*ages).name for ages in (([1, 2], [None] * 2), ([None] * 2, [50, 90]), ([3, 3], [None] * 2))]
@@ -98,7 +99,7 @@ def default_rule(epochs: Sequence[int | None], steps: Sequence[int | None]) -> R
     """
     for name, clock in (("expected-loss", epochs), ("last", steps)):
         # two of one age come from different runs
-        if None not in clock and len(set(clock)) == len(clock) > 1:
+        if num_runs <= 1 and None not in clock and len(set(clock)) == len(clock) > 1:
             return Rule(name)
     return Rule()
 

@@ -25,12 +25,12 @@ from mtl_nnunet.bootstrap import (
     share_of_wins,
 )
 from mtl_nnunet.cache import ResultCache, Scored, code_sha256
-from mtl_nnunet.checkpoints import Checkpoint, ages, read_weights
+from mtl_nnunet.checkpoints import Checkpoint, ages, read_weights, runs_of, span_of_run
 from mtl_nnunet.chooser import Choice, choose_by_expected_loss, read_chooser
 from mtl_nnunet.decision import Rule, choose, parse_rule
 from mtl_nnunet.embedding import Target, digest, embed, make_target, resolved_precision
 from mtl_nnunet.encoder import TimmEncoder, random_encoder
-from mtl_nnunet.errors import NoScoreError, UserError
+from mtl_nnunet.errors import NoScoreError, UserError, listed
 from mtl_nnunet.parallel import in_parallel
 from mtl_nnunet.scores import Features, Score, parse_scores
 from mtl_nnunet.slices import Slices
@@ -161,6 +161,11 @@ def rank_checkpoints(
         raise UserError("no checkpoint to rank. Pass a run's folder or its files with -ckpt.")
     if cache is not None:
         cache.check()
+    if rule.name == "expected-loss" and len(runs := runs_of(checkpoints)) > 1:
+        raise UserError(
+            f"rule '{rule.name}' goes along one run, and these checkpoints are of {len(runs)}: {listed([str(r) for r in runs])}. Pass those "
+            "of one run, or use -rule best."
+        )
     # expected losses were learned by epochs, and say nothing of steps
     by = [c.epoch for c in checkpoints] if rule.name == "expected-loss" else ages(checkpoints)
     choose(rule, [0.0] * len(checkpoints), np.zeros((len(checkpoints), 1)), 0.0, by)
@@ -208,9 +213,11 @@ def rank_checkpoints(
 def by_expected_loss(rankings: Sequence[Ranking]) -> tuple[Ranking, ...]:
     """The first ranking with the choice that all scores together make; the others choose by their own best score."""
     first = rankings[0]
+    checkpoints = [c.checkpoint for c in first.checkpoints if c.checkpoint is not None]
+    span = span_of_run(checkpoints)
     choice = choose_by_expected_loss(
         read_chooser(first.rule.chooser),
-        [float(c.checkpoint.epoch) for c in first.checkpoints if c.checkpoint and c.checkpoint.epoch is not None],
+        [float(c.epoch) for c in checkpoints if c.epoch is not None],
         {
             r.score.text: [c.value if r.score.higher_is_better else -c.value for c in r.checkpoints]
             for r in rankings
@@ -219,6 +226,7 @@ def by_expected_loss(rankings: Sequence[Ranking]) -> tuple[Ranking, ...]:
         first.rule.state,
         first.rule.price,
         first.encoder,
+        None if span is None else span[1],
     )
     others = (replace(r, rule=Rule(), choice=r.best) for r in rankings[1:])
     return replace(first, choice=choice.index, expectation=choice), *others

@@ -11,7 +11,7 @@ from typing import Any
 
 from mtl_nnunet.cache import ResultCache
 from mtl_nnunet.cases import Dataset, find_image_folder, find_nnunet_dataset, without_validation_cases
-from mtl_nnunet.checkpoints import Checkpoint, architecture_of, find_checkpoints
+from mtl_nnunet.checkpoints import Checkpoint, architecture_of, find_checkpoints, runs_of
 from mtl_nnunet.chooser import read_chooser
 from mtl_nnunet.decision import Rule, default_rule, parse_rule
 from mtl_nnunet.errors import UserError, listed
@@ -83,8 +83,8 @@ def select_checkpoint(
         weights: Which of the weights in each file: ``default``, ``ema`` (their moving average) or ``trained``.
         output: Folder to write; None writes nothing.
         rule: ``best``, ``last``, ``non-inferior``, ``expected-loss`` (its scores are computed beside those named) or a ``Rule``.
-            None: ``expected-loss`` where the checkpoints state epochs, each its own, ``last`` where they state steps, else, and in
-            a race, ``best``.
+            None: along one run ``expected-loss`` where the checkpoints state epochs, ``last`` where they state steps; of several
+            runs or published weights, and in a race, ``best``.
         chooser: With ``expected-loss``: a file of ``mtl-nnunet fit-chooser``; None for the shipped one.
         fold: With scores that need labels: whose validation cases to keep out, or ``all``.
         num_slices: Slices at most.
@@ -116,7 +116,7 @@ def select_checkpoint(
         refuse_foreign_folder(output, overwrite)
     found = _found_checkpoints(checkpoints, weights)
     if rule is None:
-        rule = default_rule([c.epoch for c in found], [c.step for c in found])
+        rule = default_rule([c.epoch for c in found], [c.step for c in found], len(runs_of(found)))
     if chooser is not None:
         if rule.name != "expected-loss":
             raise UserError(

@@ -21,6 +21,7 @@ from mtl_nnunet.checkpoints import (
     Checkpoint,
     architecture_of,
     files_of_run,
+    first_epoch,
     list_checkpoints,
     read_contents,
 )
@@ -34,9 +35,6 @@ from mtl_nnunet.stopping import Advice
 COPIES_FOLDER = "checkpoints"
 # two looks at a file that need not wait for the run
 SHORT_PAUSE = 2.0
-# formats whose code counts epochs from 0
-FROM_ZERO = ("timm train.py", "torchvision references", "Lightning")
-FROM_ONE = ("Hugging Face Trainer",)
 
 Stat = tuple[int, int]
 STOPPED, OVER, IDLE, LOOKED = "stopped", "over", "idle", "looked"
@@ -414,20 +412,6 @@ def refuse_damaged(file: Path, weights: str = "default") -> None:
             raise UserError(f"checkpoint {file} is damaged ({error}).") from error
         if broken is not None:
             raise UserError(f"checkpoint {file} is damaged: {broken} in it does not have the sum that was written.")
-
-
-def first_epoch(kinds: set[str], epochs: Sequence[int], planned: int | None) -> int:
-    """What a run calls its first epoch: 0 where an epoch 0 was seen or its format is known to count so, else 1.
-
-    Example:
-        >>> first_epoch({"timm train.py"}, [5, 6], 40), first_epoch({"state dict"}, [1, 2], 40), first_epoch({"Lightning"}, [40], 40)
-        (0, 1, 1)
-    """
-    if 0 in epochs:
-        return 0
-    if planned is not None and planned in epochs:
-        return 1
-    return 0 if kinds & set(FROM_ZERO) and not kinds & set(FROM_ONE) else 1
 
 
 def line_of(monitor: Monitor, seen: Seen, advice: Advice) -> str:

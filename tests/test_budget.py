@@ -64,6 +64,32 @@ def test_epochs_that_count_from_zero() -> None:
     assert budgets_of(replace(found, checkpoints=earlier))[0].saved_share == pytest.approx(2 / 4)
 
 
+def test_a_run_that_was_cut_short_is_a_part_of_the_planned_one() -> None:
+    found = told(ranking([0.6, 0.7, 0.7, 0.7], random=0.5), [0.03, 0.006, 0.004, 0.002], choice=3)
+    cut = tuple(
+        replace(c, checkpoint=replace(c.checkpoint, planned_epochs=10)) for c in found.checkpoints if c.checkpoint
+    )
+    chosen, cheaper = budgets_of(replace(found, checkpoints=cut))
+    # epochs 1 to 4 of 10 that count from 1
+    assert (chosen.last, chosen.latest, chosen.saved_epochs, chosen.saved_share) == (10, 4, 6, 0.6)
+    assert (cheaper.saved_epochs, cheaper.saved_share) == (8, 0.8)
+    said = budget_text(replace(found, checkpoints=cut))
+    assert (
+        "saves 6 epochs (60% of the planned run); expected to lose 0.20 Dice points against the best up to epoch 4"
+        in said
+    )
+
+
+def test_of_several_runs_nothing_is_said() -> None:
+    found = ranking([0.6, 0.9, 0.7, 0.7], random=0.5)
+    mixed = tuple(
+        replace(c, checkpoint=replace(c.checkpoint, path=Path(f"run_{i // 2}/{i}.pth")))
+        for i, c in enumerate(found.checkpoints)
+        if c.checkpoint
+    )
+    assert budgets_of(replace(found, checkpoints=mixed)) == ()
+
+
 @pytest.mark.parametrize(
     ("hours", "expected"),
     [

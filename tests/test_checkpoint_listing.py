@@ -87,6 +87,7 @@ def test_listing_says_what_finding_says(capsys: pytest.CaptureFixture[str]) -> N
     assert [line.split()[0] for line in lines[1:7]] == ["0", "3", "8", "16", "25", "39"]
     assert lines[1].split()[-3:] == ["4.68", "%", "checkpoint-0.pth.tar"]
     assert lines[7].startswith("architecture: test_resnet; 394,183 parameters")
+    assert lines[8] == "planned: epochs 0 to 39"
     assert "34 of them have no checkpoint any more: 1 to 2, 4 to 7" in err
     assert "--checkpoint-hist" in err
 

@@ -152,6 +152,48 @@ def test_expected_loss_is_the_default(dataset: Path, capsys: pytest.CaptureFixtu
     assert content["other_scores"] == []
 
 
+def test_a_run_that_was_cut_short_is_judged_as_a_part_of_the_planned_one(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut = shutil.copytree(DEMO_RUN, tmp_path / "cut")
+    for late in ("25", "39"):
+        (cut / f"checkpoint-{late}.pth.tar").unlink()
+    assert run("-rule", "expected-loss:price=1", ckpt=cut) == 0
+    said = capsys.readouterr().out
+    content = json.loads((selection_folder() / "selection.json").read_text())
+    epochs = [c["epoch"] for c in content["checkpoints"]]
+    assert epochs == [0, 3, 8, 16]
+    by_hand = choose_by_expected_loss(
+        read_chooser(), epochs, None, price=1, encoder="test_resnet", pretraining_epochs=39
+    )
+    as_whole = choose_by_expected_loss(read_chooser(), epochs, None, price=1, encoder="test_resnet")
+    told = [c["expected_loss"] for c in content["expected_loss"]["checkpoints"]]
+    assert told == pytest.approx(list(by_hand.expected_loss))
+    assert told != pytest.approx(list(as_whole.expected_loss))
+    first = content["budget"][0]
+    assert (first["last"], first["latest"], first["saved_share"]) == (39, 16, (39 - first["epoch"]) / 40)
+    assert "of the planned run" in said
+    assert "up to epoch 16" in said
+
+
+def test_of_several_runs_the_score_chooses(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = {"a": ("3", "16"), "b": ("8", "39")}
+    for name, epochs in runs.items():
+        (tmp_path / name).mkdir()
+        for epoch in epochs:
+            shutil.copy(DEMO_RUN / f"checkpoint-{epoch}.pth.tar", tmp_path / name)
+    both = ["-d", "1", "-ckpt", *(str(tmp_path / name) for name in runs), *FEW]
+    assert main([*both, "-rule", "expected-loss"]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "these checkpoints are of 2" in last
+    assert "-rule best" in last
+    assert main(both) == 0
+    content = json.loads((selection_folder() / "selection.json").read_text())
+    assert content["rule"] == "best score"
+    assert content["choice"] == max(content["checkpoints"], key=lambda c: c["value"])
+    assert content["budget"] == []
+
+
 @pytest.mark.parametrize("asked", [(), ("-score", "robustness", "infonce")])
 def test_a_chooser_weighs_the_scores_it_was_fitted_with(
     dataset: Path, capsys: pytest.CaptureFixture[str], chooser_file: Path, asked: tuple[str, ...]

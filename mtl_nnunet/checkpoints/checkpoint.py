@@ -60,6 +60,7 @@ class Checkpoint:
         step: Optimiser step, where the run says.
         weights: Which of the file's weights: ``default``, ``ema`` or ``trained``.
         published: Source, licence and recipe of published weights; None for a run of one's own.
+        planned_epochs: How many epochs its run is to have, where the run says.
     """
 
     path: Path
@@ -70,11 +71,17 @@ class Checkpoint:
     step: int | None = None
     weights: str = "default"
     published: Published | None = None
+    planned_epochs: int | None = None
 
     @cached_property
     def sha256(self) -> str:
         """Hash of the file, computed when first asked for."""
         return sha256(self.path)
+
+    @property
+    def run(self) -> Path:
+        """The folder of its run."""
+        return run_folder(self.path)
 
     @property
     def content_key(self) -> str:
@@ -91,6 +98,16 @@ class Checkpoint:
         if self.step is not None:
             return f"step {self.step}"
         return self.path.parent.name if self.path.name in NAMES_IN_FOLDERS else self.path.name
+
+
+def run_folder(path: Path) -> Path:
+    """The folder of the run that wrote a checkpoint file.
+
+    Example:
+        >>> [str(run_folder(Path(p))) for p in ("run/epoch_1.pth", "run/checkpoint-500/model.safetensors")]
+        ['run', 'run']
+    """
+    return path.parent.parent if path.name in NAMES_IN_FOLDERS else path.parent
 
 
 def ages(checkpoints: Sequence[Checkpoint | None]) -> list[int | None]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from mtl_nnunet.checkpoints.checkpoint import NAMES_IN_FOLDERS, Checkpoint
+from mtl_nnunet.checkpoints.checkpoint import NAMES_IN_FOLDERS, Checkpoint, run_folder
 from mtl_nnunet.checkpoints.file import Contents, read_contents
 from mtl_nnunet.checkpoints.filenames import (
     COMPANIONS,
@@ -29,6 +29,7 @@ from mtl_nnunet.checkpoints.filenames import (
     surely_epoch_in_name,
     telling_name,
 )
+from mtl_nnunet.checkpoints.length import runs_of
 from mtl_nnunet.checkpoints.logs import RunLog, read_run_log
 from mtl_nnunet.checkpoints.published import find_published, is_published_name, list_published
 from mtl_nnunet.errors import AssumedWarning, LeftOutWarning, UserError, listed
@@ -98,6 +99,7 @@ def find_checkpoints(paths: str | Path | Sequence[str | Path], weights: str = "d
     found += list({c.path.absolute(): c for c in published}.values())
     _refuse_mixed_architectures(found)
     _say_mixed_names(found)
+    _say_folders_of_one(found)
     return _in_order(found)
 
 
@@ -251,12 +253,12 @@ def _described(
         )
     read_one = next(iter(contents.values()), None)
     logs = {
-        folder: _log_of([f for f in files if _run_folder(f.path) == folder])
-        for folder in {_run_folder(f.path) for f in files}
+        folder: _log_of([f for f in files if run_folder(f.path) == folder])
+        for folder in {run_folder(f.path) for f in files}
     }
     described = []
     for file in files:
-        read, log = contents.get(file.path), logs[_run_folder(file.path)]
+        read, log = contents.get(file.path), logs[run_folder(file.path)]
         epoch, step = file.epoch, file.step if file.step is not None or read is None else read.step
         if epoch is None and step is not None and file.step is not None:
             epoch = log.epoch_of(step)
@@ -274,6 +276,7 @@ def _described(
                 logged_accuracy=None,
                 step=step,
                 weights=weights,
+                planned_epochs=(about.planned_epochs if about else None) or log.planned_epochs,
             )
         )
     described = _on_one_clock(described, [f.is_copy for f in files])
@@ -290,7 +293,7 @@ def _described(
                 f"{checkpoint.path} says it is epoch {checkpoint.epoch}, as {twins[0].path.name} does, and holds other weights: it is left "
                 "out. Pass it alone to use it."
             )
-    return [replace(c, logged_accuracy=_accuracy(c, logs[_run_folder(c.path)])) for c in kept], notes
+    return [replace(c, logged_accuracy=_accuracy(c, logs[c.run])) for c in kept], notes
 
 
 def _on_one_clock(checkpoints: list[Checkpoint], copies: list[bool]) -> list[Checkpoint]:
@@ -325,13 +328,9 @@ def _without_tensors(contents: Contents) -> Contents:
     return replace(contents, weights={}, left_out=())
 
 
-def _run_folder(path: Path) -> Path:
-    return path.parent.parent if path.name in NAMES_IN_FOLDERS else path.parent
-
-
 def _log_of(files: Sequence[_Named]) -> RunLog:
     last = max(files, key=lambda f: (not f.is_copy, f.step or 0, f.epoch or 0))
-    return read_run_log(_run_folder(last.path), last.path)
+    return read_run_log(run_folder(last.path), last.path)
 
 
 def _in_order(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
@@ -380,8 +379,8 @@ def _say_mixed_names(checkpoints: Sequence[Checkpoint]) -> None:
     dated = [
         c for c in checkpoints if c.epoch is not None and c.published is None and not is_copy_name(telling_name(c.path))
     ]
-    for folder in {_run_folder(c.path) for c in dated}:
-        kinds = {_pattern(c.path): telling_name(c.path) for c in dated if _run_folder(c.path) == folder}
+    for folder in {c.run for c in dated}:
+        kinds = {_pattern(c.path): telling_name(c.path) for c in dated if c.run == folder}
         if len(kinds) > 1:
             warnings.warn(
                 f"the checkpoints in {folder} have names of {len(kinds)} kinds ({listed(list(kinds.values()))}) and are taken as one run. "
@@ -389,6 +388,18 @@ def _say_mixed_names(checkpoints: Sequence[Checkpoint]) -> None:
                 AssumedWarning,
                 stacklevel=3,
             )
+
+
+def _say_folders_of_one(checkpoints: Sequence[Checkpoint]) -> None:
+    folders = {c.run for c in checkpoints if c.published is None and c.epoch is not None}
+    runs = runs_of(checkpoints)
+    if len(folders) > 1 and len(runs) == 1:
+        warnings.warn(
+            f"the {len(folders)} checkpoints in {runs[0]} have a folder each and are taken as one run. If they are the ends of several, "
+            "use -rule best.",
+            AssumedWarning,
+            stacklevel=3,
+        )
 
 
 def _about_recovery(files: Sequence[_Named]) -> Iterator[str]:

@@ -24,7 +24,7 @@ def add_parser(commands: Any) -> None:
 
 def list_run(args: argparse.Namespace) -> None:
     """List, and say on stderr what the run no longer has."""
-    from mtl_nnunet.checkpoints import inferred_architecture, list_checkpoints
+    from mtl_nnunet.checkpoints import inferred_architecture, list_checkpoints, runs_of, span_of_run
     from mtl_nnunet.checkpoints.names import in_groups
 
     listing = list_checkpoints(args.run, args.weights)
@@ -45,6 +45,11 @@ def list_run(args: argparse.Namespace) -> None:
         print(
             f"architecture: {said}; {number:,} parameters, classifier and statistics included; format: {contents.kind}"
         )
+        span = span_of_run(own) if len(runs_of(own)) == 1 else None
+        if span is not None and all(c.planned_epochs for c in own):
+            latest = max(c.epoch for c in own if c.epoch is not None)
+            cut = f"; the latest at hand is {latest}: not over, or cut short" if latest < span[1] else ""
+            print(f"planned: epochs {span[0]} to {span[1]}{cut}")
         if contents.left_out:
             print(f"left out of each file: {in_groups(list(contents.left_out))}")
     published = [c for c in listing.checkpoints if c.published is not None]
