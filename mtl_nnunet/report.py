@@ -172,9 +172,9 @@ def warnings_in_words(ranking: Ranking, num_patients: int) -> list[str]:
             "No earlier checkpoint is known to be good enough by the non-inferiority rule: the last one is taken."
         )
     published = chosen.checkpoint.published if chosen.checkpoint else None
-    if published is not None and published.forbids_commercial_use:
+    if published is not None and published.caution:
         warnings.append(
-            f"The licence of {published.name} is {published.licence}, which forbids commercial use of these weights; what it says of models "
+            f"The licence of {published.name} is {published.licence}, which {published.caution} of these weights; what it says of models "
             "trained from them, read there."
         )
     if ranking.expectation is not None:

@@ -76,9 +76,9 @@ class Selection:
     weights: str = "default"
 
     @property
-    def forbids_commercial_use(self) -> bool:
-        """Whether the licence of the published weights says so."""
-        return Published("", "", None, self.licence).forbids_commercial_use
+    def caution(self) -> str | None:
+        """What the licence of the published weights says to whoever earns money, as far as its name tells."""
+        return Published("", "", None, self.licence).caution
 
     def record(self) -> dict[str, Any]:
         """Everything but the folder, as it goes into the plans and every model trained from it."""

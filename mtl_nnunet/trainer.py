@@ -105,9 +105,9 @@ class MTLTrainer(nnUNetTrainer):
                 self.selection = selection_of(self.plans_manager.plans)
             load_selected_encoder(self.selection, network.encoder)
             self.print_to_log_file(f"Encoder weights: {self.selection.summary}.")
-            if self.selection.forbids_commercial_use:
+            if self.selection.caution:
                 self.print_to_log_file(
-                    f"Warning: the encoder's weights ({self.selection.published}) are under {self.selection.licence}, which forbids commercial use."
+                    f"Warning: the encoder's weights ({self.selection.published}) are under {self.selection.licence}, which {self.selection.caution}."
                 )
         self.print_to_log_file(
             f"Recipe: {self.recipe.summary}; {self._warmup()} of {self.num_epochs} epochs of "

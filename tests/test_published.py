@@ -168,7 +168,7 @@ def test_licence_of_the_card_where_the_configuration_has_none(
     (folder / "README.md").write_text(CARD)
     (found,) = in_new_process(tmp_path, "hf-hub:someone/carded", address=hub[0])
     assert found["published"]["licence"] == "cc-by-nc-4.0"
-    assert Published(**found["published"]).forbids_commercial_use
+    assert Published(**found["published"]).caution == "forbids commercial use"
 
 
 def test_repositories_without_safetensors(tmp_path: Path, hub: tuple[str, list[str]]) -> None:
@@ -261,20 +261,40 @@ def test_names_that_are_none(name: str, said: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("licence", "forbids"),
+    ("licence", "says"),
     [
-        ("cc-by-nc-4.0", True),
-        ("cc-by-nc-sa-4.0", True),
-        ("fair-noncommercial-research-license", True),
-        ("apache-2.0", False),
-        ("bsd-3-clause", False),
-        ("cc-by-4.0", False),
-        ("ncsa", False),
-        ("unknown", False),
+        ("cc-by-nc-4.0", "forbids"),
+        ("cc-by-nc-sa-4.0", "forbids"),
+        ("fair-noncommercial-research-license", "forbids"),
+        ("apple-amlr", "forbids"),
+        ("seer-license", "terms of its own"),
+        ("dinov3-license", "terms of its own"),
+        ("other", "terms of its own"),
+        ("apache-2.0", None),
+        ("bsd-3-clause", None),
+        ("cc-by-4.0", None),
+        ("ncsa", None),
+        ("unknown", None),
+        (None, None),
     ],
 )
-def test_licences(licence: str, forbids: bool) -> None:
-    assert Published("timm:a", "timm/a", None, licence).forbids_commercial_use == forbids
+def test_licences(licence: str | None, says: str | None) -> None:
+    caution = Published("timm:a", "timm/a", None, licence).caution
+    assert caution is None if says is None else says in str(caution)
+
+
+def test_of_every_licence_that_timm_states_it_is_known_what_to_say() -> None:
+    stated = {timm.get_pretrained_cfg(name).license for name in timm.list_models(pretrained=True)}
+    silent = {licence for licence in stated if Published("timm:a", "timm/a", None, licence).caution is None}
+    assert silent <= {None, "", "unknown", "mit", "apache-2.0", "bsd-3-clause", "cc-by-4.0"}
+
+
+def test_networks_that_do_not_go_together_are_refused_before_they_are_fetched() -> None:
+    # fetching would say that there is no network here, or take minutes
+    with pytest.raises(UserError, match="different architectures"):
+        find_checkpoints(["timm:resnet18.a1_in1k", "timm:resnet50.a1_in1k"])
+    with pytest.raises(UserError, match="different architectures"):
+        find_checkpoints(["timm:resnet1*"])
 
 
 def test_licence_goes_into_the_selection_and_is_warned_of(tmp_path: Path, make_dataset: Any) -> None:
@@ -294,7 +314,7 @@ def test_licence_goes_into_the_selection_and_is_warned_of(tmp_path: Path, make_d
     assert outcome.content["choice"]["published"]["licence"] == "cc-by-nc-4.0"
     assert any("forbids commercial use" in w for w in warnings_in_words(outcome.ranking, 4))
     selection = read_selection(tmp_path / "selection")
-    assert selection.forbids_commercial_use
+    assert selection.caution == "forbids commercial use"
     assert selection.record()["licence"] == "cc-by-nc-4.0"
     assert selection.record()["published"] == f"timm:a.b@{'3' * 40}"
     assert f"timm:a.b@{'3' * 40}, licence cc-by-nc-4.0" in selection.summary

@@ -15,6 +15,14 @@ WHICH_WEIGHTS = ("default", "ema", "trained")
 # names that every checkpoint of a run shares: the folder's name tells them apart
 NAMES_IN_FOLDERS = ("model.safetensors", "pytorch_model.bin")
 
+# as the Hub and timm write them; nothing stated, or a name that names nothing, is not a licence
+FREE_LICENCES = (
+    *("", "unknown", "mit", "apache-2.0", "bsd", "bsd-2-clause", "bsd-3-clause", "bsd-3-clause-clear", "isc", "ncsa"),
+    *("unlicense", "zlib", "mpl-2.0", "cc0-1.0", "cc-by-2.0", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0"),
+)
+# Apple Machine Learning Research Model licence: research that is not commercial
+RESEARCH_ONLY = ("apple-amlr",)
+
 
 @dataclass(frozen=True)
 class Published:
@@ -37,14 +45,17 @@ class Published:
     recipe: str = ""
 
     @property
-    def forbids_commercial_use(self) -> bool:
-        """Whether the licence's name says so; a licence that is only referred to by name has to be read.
+    def caution(self) -> str | None:
+        """What the name of the licence says to whoever earns money, or None where it says nothing or nothing is stated.
 
         Example:
-            >>> [Published("timm:a", "timm/a", None, x).forbids_commercial_use for x in ("cc-by-nc-4.0", "mit", None)]
-            [True, False, False]
+            >>> [Published("timm:a", "timm/a", None, x).caution for x in ("cc-by-nc-4.0", "seer-license", "mit", None)]
+            ['forbids commercial use', 'has terms of its own, to be read before any commercial use', None, None]
         """
-        return self.licence is not None and bool(re.search(r"(?:^|-)nc(?:-|$)|non-?commercial", self.licence.lower()))
+        name = (self.licence or "").lower()
+        if re.search(r"(?:^|-)nc(?:-|$)|non-?commercial", name) or name in RESEARCH_ONLY:
+            return "forbids commercial use"
+        return None if name in FREE_LICENCES else "has terms of its own, to be read before any commercial use"
 
 
 @dataclass(frozen=True)

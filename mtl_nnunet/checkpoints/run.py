@@ -87,6 +87,8 @@ def find_checkpoints(paths: str | Path | Sequence[str | Path], weights: str = "d
     named = [paths] if isinstance(paths, (str, Path)) else list(paths)
     if weights != "default" and any(is_published_name(name) for name in named):
         raise UserError(f"-weights {weights} goes with files of a run: published weights are one set. Leave it out.")
+    # refused before anything is fetched
+    _refuse_mixed_architectures([c for name in named if is_published_name(name) for c in list_published(str(name))])
     published = [c for name in named if is_published_name(name) for c in find_published(str(name))]
     files = _files_of([Path(p) for p in named if not is_published_name(p)])
     # closed also when a file is refused, so that the message gets a line of its own

@@ -74,15 +74,15 @@ def own_text(checkpoints: list[Any]) -> str:
 
 def published_text(checkpoints: list[Any]) -> str:
     """Published weights as a table."""
+    marks = dict(zip(sorted({c.published.caution for c in checkpoints if c.published.caution}), "*+", strict=False))
     width = max(len(c.published.name) for c in checkpoints) + 2
-    lines = [f"{'weights':<{width}}{'epochs':>7}  {'licence':<14}{'cached':<8}recipe"]
+    lines = [f"{'weights':<{width}}{'epochs':>7}  {'licence':<17}{'cached':<8}recipe"]
     for c in checkpoints:
         about = c.published
-        licence = (about.licence or "not stated") + ("*" if about.forbids_commercial_use else "")
+        licence = (about.licence or "not stated") + (marks[about.caution] if about.caution else "")
         cached = "yes" if c.path.is_file() else "no"
         lines.append(
-            f"{about.name:<{width}}{about.epochs or '-':>7}  {licence:<14}{cached:<8}{about.recipe or 'see its model card'}"
+            f"{about.name:<{width}}{about.epochs or '-':>7}  {licence:<17}{cached:<8}{about.recipe or 'see its model card'}"
         )
-    if any(c.published.forbids_commercial_use for c in checkpoints):
-        lines.append("* forbids commercial use")
+    lines += [f"{mark} {caution}" for caution, mark in marks.items()]
     return "\n".join(lines)
