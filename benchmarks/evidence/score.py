@@ -60,6 +60,7 @@ VARIANTS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_options(parser)
+    parser.add_argument("-epochs", nargs="+", help="of each run; default all")
     parser.add_argument("-num_cases", type=int, help="of the pool; default all of it")
     parser.add_argument("-draw", type=int, default=0, help="which random draw of that many cases")
     parser.add_argument(
@@ -77,6 +78,7 @@ def main() -> None:
         for folder, found in runs.items()
         for dataset in args.d
         for checkpoint in (*found, None)
+        if checkpoint is None or str(checkpoint.epoch) in (args.epochs or [str(checkpoint.epoch)])
         if (dataset, folder.name, RANDOM if checkpoint is None else str(checkpoint.epoch), cases, str(args.draw))
         not in done
     ]
