@@ -39,6 +39,8 @@ from mtl_nnunet.slices import Slices
 from mtl_nnunet.stopping import Advice, StopRule, decide
 
 FORMAT = "mtl-nnunet watch 1"
+# of torchrun, Lightning, SLURM and jsrun, in the order in which Lightning asks
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 SETTINGS_FILE, HISTORY_FILE, CURVE_FILE, STOP_FILE = "watch.json", "history.jsonl", "curve.png", "STOP"
 RESULTS_FOLDER, LOCK_FILE = "results", "lock"
 # where a description of what decides a score goes by another name on the command line
@@ -146,8 +148,9 @@ class Monitor:
         self._lock: IO[str] | None = None
 
     def __enter__(self) -> Monitor:
-        """Open the folder."""
-        self.open()
+        """Open the folder; in a training of several processes only the first one does, since it alone scores."""
+        if _is_first_process():
+            self.open()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -472,6 +475,12 @@ def undisturbed() -> Iterator[None]:
         torch.set_rng_state(states[2])
         if on_gpus is not None:
             torch.cuda.set_rng_state_all(on_gpus)
+
+
+def _is_first_process() -> bool:
+    """By what launchers put into the environment before there is a process group, as Lightning tells it."""
+    ranks = (os.environ.get(name) for name in RANKS)
+    return next((rank for rank in ranks if rank), "0") == "0"
 
 
 def locked(path: Path, what: str) -> IO[str]:

@@ -226,3 +226,42 @@ print(should_stop(monitor, model, 0, 100), len(monitor.history))
     ]
     printed = [process.communicate(timeout=300)[0].strip() for process in begun]
     assert printed == ["True 1", "True 0"]
+
+
+@pytest.mark.slow
+def test_lightning_on_two_processes_stops_both(tmp_path: Path) -> None:
+    pytest.importorskip("lightning")
+    write_phantoms(tmp_path / "phantoms")
+    script = tmp_path / "train.py"
+    script.write_text(f"""
+import timm, torch, lightning.pytorch as lightning
+from torch.utils.data import DataLoader, TensorDataset
+from mtl_nnunet.callbacks import lightning_callback
+from mtl_nnunet.cases import find_image_folder
+from mtl_nnunet.monitoring import Monitor
+from mtl_nnunet.slices import gather_slices
+from mtl_nnunet.stopping import StopRule
+
+class Module(lightning.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = timm.create_model("test_resnet", num_classes=5)
+    def training_step(self, batch, _):
+        return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+if __name__ == "__main__":
+    slices = gather_slices(find_image_folder("{tmp_path}/phantoms/imagesTr"), 12, num_workers=1)
+    images = TensorDataset(torch.randn(16, 3, 32, 32), torch.arange(16) % 5)
+    with Monitor("{tmp_path}/out", slices, rule=StopRule(price=100.0)) as monitor:
+        trainer = lightning.Trainer(
+            accelerator="cpu", devices=2, strategy="ddp", max_epochs=50, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, callbacks=[lightning_callback(monitor)],
+        )
+        trainer.fit(Module(), DataLoader(images, 8))
+        print("ended", trainer.global_rank, trainer.current_epoch, len(monitor.history), flush=True)
+""")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=500)
+    ended = sorted(line for line in done.stdout.splitlines() if line.startswith("ended"))
+    assert ended == ["ended 0 1 1", "ended 1 1 0"], done.stdout + done.stderr
