@@ -313,6 +313,8 @@ def test_licence_goes_into_the_selection_and_is_warned_of(tmp_path: Path, make_d
     assert outcome.content is not None
     assert outcome.content["choice"]["published"]["licence"] == "cc-by-nc-4.0"
     assert any("forbids commercial use" in w for w in warnings_in_words(outcome.ranking, 4))
+    # one alone was not chosen
+    assert not any("has not been measured" in w for w in warnings_in_words(outcome.ranking, 4))
     selection = read_selection(tmp_path / "selection")
     assert selection.caution == "forbids commercial use"
     assert selection.record()["licence"] == "cc-by-nc-4.0"

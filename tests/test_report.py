@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from mtl_nnunet.bootstrap import bootstrap_draws, compare, interval
 from mtl_nnunet.cache import Scored
-from mtl_nnunet.checkpoints import Checkpoint
+from mtl_nnunet.checkpoints import Checkpoint, Published
 from mtl_nnunet.decision import Rule
 from mtl_nnunet.ranking import Ranking, ranking_of
 from mtl_nnunet.report import comparison_text, ranking_table, ranking_text, warnings_in_words
@@ -33,6 +34,20 @@ def ranking(
 
 def said(found: Ranking, num_patients: int = PATIENTS) -> str:
     return " ".join(warnings_in_words(found, num_patients))
+
+
+def test_a_choice_among_published_weights_is_called_a_hint() -> None:
+    found = ranking([0.60, 0.70, 0.69], random=0.5)
+    assert "has not been measured" not in said(found)
+    published = [
+        replace(
+            c, checkpoint=replace(c.checkpoint, epoch=None, published=Published("timm:a.b", "timm/a.b", None, "mit"))
+        )
+        for c in found.checkpoints
+        if c.checkpoint
+    ]
+    assert "has not been measured" in said(replace(found, checkpoints=tuple(published)))
+    assert "has not been measured" not in said(replace(found, checkpoints=tuple(published[:1]), choice=0, best=0))
 
 
 def test_comparisons_are_paired_and_point_towards_better() -> None:
