@@ -82,7 +82,7 @@ def main() -> None:
     add_common_options(parser)
     parser.add_argument("-state", nargs="+", choices=STATES, default=list(STATES))
     parser.add_argument("-seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument("-epochs", nargs="+", help="of each run; default all")
+    parser.add_argument("-epochs", nargs="+", help="of each run, and average-3; default all")
     parser.add_argument("-iterations", type=int, default=ITERATIONS)
     parser.add_argument("-lr", type=float, default=RATE)
     args = parser.parse_args()
@@ -153,9 +153,9 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
                 for checkpoint in found
                 if (epoch := str(checkpoint.epoch)) in (args.epochs or [epoch])
             ]
-            if not args.epochs:
-                last = tuple(c.path for c in found[-AVERAGED:])
-                jobs.append(Job(*known, f"{AVERAGE}{AVERAGED}", seed, "", last))
+            average = f"{AVERAGE}{AVERAGED}"
+            if average in (args.epochs or [average]):
+                jobs.append(Job(*known, average, seed, "", tuple(c.path for c in found[-AVERAGED:])))
     return jobs
 
 
