@@ -1,4 +1,4 @@
-"""``mtl-nnunet``: trainers, plans, checkpoints, demo, evaluate-scores, fit-chooser."""
+"""``mtl-nnunet``: trainers, plans, checkpoints, demo, doctor, evaluate-scores, fit-chooser."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mtl_nnunet.cli import evaluate_scores, fit_chooser, list_checkpoints
+from mtl_nnunet.cli import doctor, evaluate_scores, fit_chooser, list_checkpoints
 from mtl_nnunet.cli.command import run
 from mtl_nnunet.errors import UserError
 
@@ -68,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--overwrite", action="store_true", help="replace an earlier demo")
     demo.set_defaults(command=run_demo)
 
+    doctor.add_parser(commands)
     list_checkpoints.add_parser(commands)
     evaluate_scores.add_parser(commands)
     fit_chooser.add_parser(commands)
