@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import time
@@ -90,6 +91,16 @@ def test_listing_says_what_finding_says(capsys: pytest.CaptureFixture[str]) -> N
     assert lines[8] == "planned: epochs 0 to 39"
     assert "34 of them have no checkpoint any more: 1 to 2, 4 to 7" in err
     assert "--checkpoint-hist" in err
+
+
+def test_listing_for_machines(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["checkpoints", str(DEMO_RUN), "timm:resnet18.a1_in1k", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [c["epoch"] for c in told["checkpoints"]] == [0, 3, 8, 16, 25, 39, None]
+    assert {c["planned_epochs"] for c in told["checkpoints"][:6]} == {40}
+    assert told["checkpoints"][-1]["published"]["name"] == "timm:resnet18.a1_in1k"
+    assert Path(told["checkpoints"][0]["path"]).is_file()
+    assert any("have no checkpoint any more" in note for note in told["notes"])
 
 
 def test_a_hash_is_not_computed_until_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from dataclasses import asdict
 from typing import Any
 
 
@@ -19,6 +21,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "-weights", choices=("default", "ema", "trained"), default="default", help="which weights in each file"
     )
+    parser.add_argument("--json", action="store_true", help="print checkpoints and notes as JSON instead of the table")
     parser.set_defaults(command=list_run)
 
 
@@ -29,6 +32,10 @@ def list_run(args: argparse.Namespace) -> None:
 
     listing = list_checkpoints(args.run, args.weights)
     contents = listing.contents
+    if args.json:
+        checkpoints = [{**asdict(c), "path": str(c.path)} for c in listing.checkpoints]
+        print(json.dumps({"checkpoints": checkpoints, "notes": listing.notes}, indent=2))
+        return
     own = [c for c in listing.checkpoints if c.published is None]
     if own:
         print(own_text(own))
