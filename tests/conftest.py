@@ -14,8 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from jsonschema import Draft202012Validator
 
 import mtl_nnunet
+from mtl_nnunet import selection
+from mtl_nnunet.files import to_json
 
 # one small encoder of each family that is supported
 FAMILIES = (
@@ -25,6 +28,9 @@ FAMILIES = (
     "regnety_002",
     "mobilenetv3_small_050",
     "swin_tiny_patch4_window7_224",
+)
+SELECTION_SCHEMA = Draft202012Validator(
+    json.loads((Path(mtl_nnunet.__file__).parent / "selection.schema.json").read_text(encoding="utf-8"))
 )
 DEMO_RUN = Path(mtl_nnunet.__file__).parent / "demo_data" / "pretraining"
 REAL_DATA = Path(os.environ.get("MTL_TEST_DATA", "no such folder"))
@@ -38,6 +44,19 @@ needs_real_data = pytest.mark.skipif(
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test finds another one's results."""
     monkeypatch.setenv("MTL_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def _selections_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every selection that a test writes in this process is what its JSON Schema says."""
+    make = selection._content
+
+    def checked(*args: Any) -> dict[str, Any]:
+        content = make(*args)
+        SELECTION_SCHEMA.validate(json.loads(to_json(content)))
+        return content
+
+    monkeypatch.setattr(selection, "_content", checked)
 
 
 @pytest.fixture(scope="session")
