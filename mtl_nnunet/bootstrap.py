@@ -52,7 +52,7 @@ def interval(value: float, sample: np.ndarray, num_patients: int) -> tuple[float
         sample: On each draw, shape (B,); draws on which the score does not exist are left out.
         num_patients: P.
 
-    Example:
+    Examples:
         >>> draws = np.random.default_rng(0).normal(size=100_000)
         >>> [round(end, 1) for end in interval(0.0, draws, 1000)], [round(end, 1) for end in interval(0.0, draws, 5)]
         ([-2.0, 2.0], [-3.1, 3.1])
@@ -76,7 +76,7 @@ def compare(
         other_sample: The other's score on the same draws, shape (B,).
         num_patients: Of how many patients the draws are.
 
-    Example:
+    Examples:
         >>> compared = compare(0.75, np.array([0.5, 0.75, 1.0]), 0.5, np.array([0.5, 0.5, 0.5]), num_patients=1000)
         >>> compared.gain, round(compared.low, 2), round(compared.high, 2), round(compared.probability, 2)
         (0.25, 0.01, 0.49, 0.83)
@@ -93,7 +93,7 @@ def share_of_wins(samples: np.ndarray) -> np.ndarray:
     Args:
         samples: Scores on each draw, higher is better, shape (K, B); draws on which one does not exist are left out.
 
-    Example:
+    Examples:
         >>> share_of_wins(np.array([[1.0, 2.0], [1.0, 1.0]]))
         array([0.75, 0.25])
     """

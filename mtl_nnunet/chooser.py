@@ -219,7 +219,7 @@ def by_epoch(
     Raises:
         UserError: No epoch, one that cannot be, or scores of another number of checkpoints.
 
-    Example:
+    Examples:
         >>> by_epoch([9, 2], {"rankme": [0.5, 0.1]})
         (array([2., 9.]), {'rankme': array([0.1, 0.5])}, array([1, 0]))
     """
@@ -239,7 +239,7 @@ def by_epoch(
 def value_at_levels(scores: Mapping[str, np.ndarray], name: str) -> np.ndarray | None:
     """A score by name; a level from the deepest also finds it where levels are counted from the shallowest.
 
-    Example:
+    Examples:
         >>> value_at_levels({"rankme:level=3": np.array([1.0]), "rankme:level=4": np.array([2.0])}, "rankme:level=-2")
         array([1.])
     """
@@ -257,7 +257,7 @@ def value_at_levels(scores: Mapping[str, np.ndarray], name: str) -> np.ndarray |
 def log_time(epochs: np.ndarray, whole: float) -> np.ndarray:
     """Log of the share of the pretraining that is done; epochs count from 0 in some runs, hence plus one.
 
-    Example:
+    Examples:
         >>> log_time(np.array([0.0, 9.0]), 9.0).round(2)
         array([-2.3,  0. ])
     """
@@ -284,7 +284,7 @@ def covariance(kernel: np.ndarray, time: np.ndarray) -> np.ndarray:
 def standardised(values: np.ndarray) -> np.ndarray | None:
     """With mean 0 and deviation 1; None where it is not finite or does not vary.
 
-    Example:
+    Examples:
         >>> standardised(np.array([1.0, 3.0])), standardised(np.array([2.0, 2.0]))
         (array([-1.,  1.]), None)
     """
@@ -354,7 +354,7 @@ def restricted(model: Model, names: tuple[str, ...]) -> Model:
 def shortest_interval(sample: np.ndarray, coverage: float = COVERAGE) -> tuple[float, float]:
     """The shortest interval that holds a share of a sample; losses are often exactly 0, and quantiles would miss that.
 
-    Example:
+    Examples:
         >>> shortest_interval(np.array([0.0, 0.0, 0.0, 1.0, 9.0]), 0.8)
         (0.0, 1.0)
     """
@@ -383,7 +383,7 @@ def read_chooser(path: str | Path | None = None) -> Chooser:
     Raises:
         UserError: No such file, or not a whole chooser of this version.
 
-    Example:
+    Examples:
         >>> choice = choose_by_expected_loss(read_chooser(), [1, 20, 100, 200, 300], state="free")
         >>> choice.index, choice.fell_back
         (4, False)

@@ -178,7 +178,7 @@ def seed_variances(curves: Sequence[Curve]) -> list[np.ndarray]:
 def _residual_variance(dice: np.ndarray) -> float:
     """Of a table (K, S) with gaps, after checkpoint and seed means are fitted; NaN where nothing is left over.
 
-    Example:
+    Examples:
         >>> round(_residual_variance(np.array([[0.1, 0.3], [0.2, 0.4], [0.1, np.nan]])), 12)
         0.0
     """

@@ -277,7 +277,7 @@ def _read_scores(path: Path) -> pd.DataFrame:
 def published_score(level: int, pooled: bool, distance: str, margin: float) -> str:
     """The published score as a user types it.
 
-    Example:
+    Examples:
         >>> published_score(4, True, "cosine", 0.5)
         'robustness:level=4,pooled=yes,distance=cosine,margin=0.5'
     """

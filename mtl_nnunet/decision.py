@@ -63,7 +63,7 @@ def parse_rule(text: str) -> Rule:
     Raises:
         UserError: Unknown rule, parameter or value.
 
-    Example:
+    Examples:
         >>> parse_rule("non-inferior:margin=0.1").text
         'earliest that loses at most 0.1 of the gain over random weights with probability 0.95, else last'
     """
@@ -93,7 +93,7 @@ def default_rule(epochs: Sequence[int | None], steps: Sequence[int | None], num_
         steps: Optimiser step of each, or None.
         num_runs: Of how many runs they are.
 
-    Example:
+    Examples:
         >>> [default_rule(*ages).name for ages in (([1, 2], [None] * 2), ([None] * 2, [50, 90]), ([3, 3], [None] * 2))]
         ['expected-loss', 'last', 'best']
     """
@@ -134,7 +134,7 @@ def choose(
     Raises:
         UserError: The rule needs epochs and a checkpoint does not say its own.
 
-    Example:
+    Examples:
         >>> samples = np.array([[0.80, 0.81], [0.90, 0.89], [0.89, 0.91]])
         >>> choose(Rule("best"), [0.80, 0.90, 0.90], samples, 0.5, [1, 2, 3])
         2

@@ -23,7 +23,7 @@ class NoScoreError(UserError):
 def listed(names: list[str], limit: int = 5) -> str:
     """Names in a sentence, cut to a readable number.
 
-    Example:
+    Examples:
         >>> listed(["a", "b", "c"], limit=2)
         'a, b and 1 more'
         >>> listed(["a"])

@@ -126,7 +126,7 @@ class Evaluation:
 def argbest(values: np.ndarray) -> int:
     """Index of the highest value; of equals the last, so the later epoch; NaN never wins.
 
-    Example:
+    Examples:
         >>> argbest(np.array([0.5, 0.9, 0.9, np.nan]))
         2
     """
@@ -149,7 +149,7 @@ def split_seeds(
         Means on the first part, shape (T, R), and on the second, shape (T, R); NaN where a part holds none. T = 0 for fewer than
         three seeds.
 
-    Example:
+    Examples:
         >>> first, second = split_seeds(np.array([[0.0, 1.0, 2.0]]))
         >>> first[:, 0].tolist(), second[:, 0].tolist()
         ([0.0, 1.0, 2.0], [1.5, 1.0, 0.5])
@@ -224,7 +224,7 @@ def contrast(dice: np.ndarray, difference: np.ndarray, paired: bool = True) -> t
     Returns:
         Difference and standard error; the latter is 0 for equal mixtures and NaN where a row has one seed only.
 
-    Example:
+    Examples:
         >>> dice = np.array([[0.50, 0.60, 0.70], [0.51, 0.62, 0.73]])
         >>> [round(x, 4) for x in contrast(dice, np.array([-1, 1]))]
         [0.02, 0.0058]
@@ -249,7 +249,7 @@ def contrast(dice: np.ndarray, difference: np.ndarray, paired: bool = True) -> t
 def verdict(difference: float, error: float) -> float:
     """1 for a win, -1 for a loss by more than two standard errors, 0 for a tie, NaN without an error.
 
-    Example:
+    Examples:
         >>> verdict(0.05, 0.02), verdict(-0.05, 0.02), verdict(0.03, 0.02)
         (1.0, -1.0, 0.0)
     """
@@ -270,7 +270,7 @@ def agreement(order: np.ndarray, dice: np.ndarray) -> dict[str, float]:
 
     Source: Vigna, "A weighted correlation index for rankings with ties", WWW 2015 (``scipy.stats.weightedtau``).
 
-    Example:
+    Examples:
         >>> {k: round(v, 3) for k, v in agreement(np.array([1, 2, 4, 3]), np.array([0.1, 0.2, 0.3, 0.4])).items()}
         {'weighted_tau': 0.52, 'kendall_tau': 0.667, 'spearman': 0.8}
     """
@@ -324,7 +324,7 @@ def noise_floor(dice: np.ndarray, paired: bool = True, draws: int = NOISE_DRAWS,
     Returns:
         In Dice; NaN where an epoch has one seed only.
 
-    Example:
+    Examples:
         >>> noise_floor(np.array([[0.5, 0.5], [0.6, 0.6]]))
         0.0
     """
@@ -347,7 +347,7 @@ def noise_floor(dice: np.ndarray, paired: bool = True, draws: int = NOISE_DRAWS,
 def fixed_shares(curve: Curve, fraction: float) -> np.ndarray:
     """Shares of the two neighbouring checkpoints whose mean epoch is a fraction of the pretraining, shape (K,).
 
-    Example:
+    Examples:
         >>> curve = Curve("", "", "", "", "free", np.array([10, 20, 40]), np.zeros((3, 1)), ("1",), np.empty(0), np.empty(0))
         >>> fixed_shares(curve, 0.75).tolist()
         [0.0, 0.5, 0.5]
@@ -393,7 +393,7 @@ def two_way_weights(datasets: Sequence[str], runs: Sequence[str], draws: int, se
 
     Source: Owen, "The pigeonhole bootstrap", Annals of Applied Statistics 1(2), 2007.
 
-    Example:
+    Examples:
         >>> two_way_weights(["a", "a"], ["r", "r"], draws=2, seed=0).tolist()
         [[1.0, 1.0], [1.0, 1.0]]
     """

@@ -76,7 +76,7 @@ class Depth:
     def reduction_at(self, in_plane: int) -> int:
         """Depth reduction where the in-plane reduction is ``in_plane``; between levels as early as possible.
 
-        Example:
+        Examples:
             >>> convnext = Depth((1, 4, 8), (1, 2, 4), (3, 3, 3))
             >>> [convnext.reduction_at(r) for r in (1, 2, 4, 8, 16)]
             [1, 2, 2, 4, 4]
@@ -109,7 +109,7 @@ def depth_of_plans(
         reductions: In-plane reductions of the encoder's feature maps.
         weights: See ``Depth``.
 
-    Example:
+    Examples:
         >>> planned = [[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2]]
         >>> depth_of_plans(planned, [[1, 3, 3], [3, 3, 3], [3, 3, 3], [3, 3, 3]], (2, 4, 8, 16), "centred")
         Depth(reductions=(1, 2, 4, 8, 16), depth_reductions=(1, 1, 2, 4, 4), kernel_sizes=(1, 3, 3, 3, 3), weights='centred')
@@ -158,7 +158,7 @@ def inflate(model: nn.Module, name: str, input_channels: int, depth: Depth) -> N
 def inflated_kernel(kernel: Tensor, depth: int, weights: str) -> Tensor:
     """A 2D kernel (out, in, H, W) as a 3D one (out, in, D, H, W) whose sum along D it is.
 
-    Example:
+    Examples:
         >>> inflated_kernel(torch.ones(1, 1, 1, 1), 3, "centred").flatten().tolist()
         [0.0, 1.0, 0.0]
         >>> inflated_kernel(torch.ones(1, 1, 1, 1), 4, "averaged").flatten().tolist()

@@ -492,7 +492,7 @@ def report(sized: list[tuple[BatchSize, BatchSize | UserError]], source_name: st
 def network_of(plans: dict[str, Any], configuration: str) -> str:
     """What to call a configuration's network: its class, and the encoder if it names one.
 
-    Example:
+    Examples:
         >>> kwargs = {"encoder": "resnet18"}
         >>> architecture = {"network_class_name": "mtl_nnunet.network.TimmUNet", "arch_kwargs": kwargs}
         >>> network_of({"configurations": {"2d": {"architecture": architecture}}}, "2d")

@@ -110,7 +110,7 @@ class TimmUNet(nn.Module):
 def strides_of(encoder: TimmEncoder) -> list[list[int]]:
     """Stride from each level of the U-Net to the next, full resolution first.
 
-    Example:
+    Examples:
         >>> strides_of(TimmEncoder("test_convnext"))
         [[1, 1], [4, 4], [2, 2], [2, 2], [2, 2]]
     """

@@ -47,7 +47,7 @@ class PaddedShortcut(nn.Module):
     Source: He et al. 2015, arXiv:1512.03385, option A. The public code of arXiv:2410.18677, commit ae4401a, writes it
     as average pooling whose window is one pixel, so nothing is averaged.
 
-    Example:
+    Examples:
         >>> import torch
         >>> PaddedShortcut(2, (2, 2))(torch.arange(9.0).reshape(1, 1, 3, 3)).tolist()
         [[[[0.0, 2.0], [6.0, 8.0]], [[0.0, 0.0], [0.0, 0.0]]]]

@@ -149,7 +149,7 @@ def survivors(values: Sequence[float], samples: np.ndarray, num_patients: int) -
         num_patients: On how many patients the scores rest, P; below four all stay. A bootstrap's standard error is too
             small by sqrt((P - 1) / P).
 
-    Example:
+    Examples:
         >>> samples = np.array([[0.9, 0.8, 0.85], [0.5, 0.6, 0.55], [0.85, 0.9, 0.8]])
         >>> survivors([0.9, 0.5, 0.88], samples, num_patients=50)
         [0, 2]

@@ -83,7 +83,7 @@ def recipe(*changes: Mapping[str, Any], where: str = "recipe") -> Recipe:
     Raises:
         UserError: An unknown name, or a value that makes no sense.
 
-    Example:
+    Examples:
         >>> recipe({"optimizer": "sgd", "lr": "1e-2"}, {"lr": 1e-3}).lr
         0.001
     """
@@ -120,7 +120,7 @@ def read_recipe(text: str, where: str) -> dict[str, Any]:
     Raises:
         UserError: The file cannot be read, it is neither, or ``recipe`` refuses what it says.
 
-    Example:
+    Examples:
         >>> read_recipe("optimizer=sgd,lr=1e-3", "-recipe")
         {'optimizer': 'sgd', 'lr': '1e-3'}
     """

@@ -151,7 +151,7 @@ def decide(
     Raises:
         UserError: No checkpoint, one epoch twice, or expected gain where epochs or the length are not known.
 
-    Example:
+    Examples:
         >>> samples = np.array([[0.70, 0.72], [0.80, 0.82], [0.80, 0.81], [0.79, 0.80]])
         >>> advice = decide(StopRule(patience=2), [0, 1, 2, 3], [0.71, 0.81, 0.805, 0.795], samples, num_patients=50)
         >>> advice.stop, advice.best, advice.rule
@@ -230,7 +230,7 @@ def expected_gain(
     Raises:
         UserError: An epoch beyond the last one or below 0, scores of another number of checkpoints, or a state that was not fitted.
 
-    Example:
+    Examples:
         >>> early, late = (expected_gain(read_chooser(), [1, 20, now], 300, price=1.0) for now in (40, 200))
         >>> f"{early.value:.4f} by {early.until:g}, {late.value:.4f} by {late.until:g}"
         '0.0093 by 213, 0.0001 by 233'
@@ -292,7 +292,7 @@ def carried_on(values: np.ndarray, epochs: np.ndarray, last_epoch: float) -> np.
         epochs: Of the S checkpoints so far and of later ones, ascending, shape (K,).
         last_epoch: Number of the last planned epoch.
 
-    Example:
+    Examples:
         >>> carried_on(np.array([1.0, 2.0, 3.0, 3.5, 3.7]), np.array([1.0, 5.0, 20.0, 50.0, 100.0, 200.0, 300.0]), 300).round(2)
         array([1.  , 2.  , 3.  , 3.5 , 3.7 , 3.68, 3.92])
     """
@@ -315,7 +315,7 @@ def last_improvement(values: np.ndarray, samples: np.ndarray, num_patients: int)
         samples: On resampled patients, shape (K, B).
         num_patients: Of how many patients.
 
-    Example:
+    Examples:
         >>> noise = np.random.default_rng(0).normal(0, 0.01, (3, 2000))
         >>> last_improvement(np.array([0.5, 0.6, 0.61]), np.array([[0.5], [0.6], [0.61]]) + noise, num_patients=50)
         1

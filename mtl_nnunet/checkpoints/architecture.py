@@ -41,7 +41,7 @@ def inferred_architecture(weights: Mapping[str, Tensor]) -> tuple[str, ...]:
 
     Networks may differ in what has no tensor (strides, padding, activations, constants of normalisation), so several can fit.
 
-    Example:
+    Examples:
         >>> import timm
         >>> inferred_architecture(timm.create_model("test_resnet", num_classes=7).state_dict())
         ('test_resnet',)

@@ -48,7 +48,7 @@ class Published:
     def caution(self) -> str | None:
         """What the name of the licence says to whoever earns money, or None where it says nothing or nothing is stated.
 
-        Example:
+        Examples:
             >>> [Published("timm:a", "timm/a", None, x).caution for x in ("cc-by-nc-4.0", "seer-license", "mit", None)]
             ['forbids commercial use', 'has terms of its own, to be read before any commercial use', None, None]
         """
@@ -114,7 +114,7 @@ class Checkpoint:
 def run_folder(path: Path) -> Path:
     """The folder of the run that wrote a checkpoint file.
 
-    Example:
+    Examples:
         >>> [str(run_folder(Path(p))) for p in ("run/epoch_1.pth", "run/checkpoint-500/model.safetensors")]
         ['run', 'run']
     """
@@ -124,7 +124,7 @@ def run_folder(path: Path) -> Path:
 def ages(checkpoints: Sequence[Checkpoint | None]) -> list[int | None]:
     """How far each checkpoint is into its pretraining, by one clock: the epoch where any states one, else the step.
 
-    Example:
+    Examples:
         >>> by_step = [Checkpoint(Path(f"{s}.pt"), None, None, "state dict", step=s) for s in (500, 1000)]
         >>> ages(by_step)
         [500, 1000]

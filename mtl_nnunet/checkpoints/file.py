@@ -146,7 +146,7 @@ def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
 def timm_name(stated: Any) -> str | None:
     """timm's name of a network that a run names, without the tag of published weights; None where timm does not know it.
 
-    Example:
+    Examples:
         >>> [timm_name(n) for n in ("resnet50.a1_in1k", "swin_t", "my_net", 3)]
         ['resnet50', 'swin_tiny_patch4_window7_224', None, None]
     """
@@ -165,7 +165,7 @@ def architecture_in(settings: Any) -> str | None:
 def planned_epochs_in(settings: Any) -> int | None:
     """How many epochs a run is to have by its settings (a mapping or a Namespace), or None.
 
-    Example:
+    Examples:
         >>> [planned_epochs_in(s) for s in ({"epochs": 300, "cooldown_epochs": 10}, {"max_epochs": -1}, {"num_train_epochs": 3.0})]
         [310, None, 3]
     """

@@ -33,7 +33,7 @@ STEP = re.compile(r"(?:global[-_]?)?(?:step|iter|iteration)s?[-_=]?(\d{1,9})(?!\
 def stem_of(name: str) -> str:
     """A checkpoint's name without its endings.
 
-    Example:
+    Examples:
         >>> stem_of("checkpoint-12.pth.tar")
         'checkpoint-12'
     """
@@ -45,7 +45,7 @@ def stem_of(name: str) -> str:
 def is_checkpoint_name(name: str) -> bool:
     """Whether a file of this name may hold a checkpoint's weights.
 
-    Example:
+    Examples:
         >>> [is_checkpoint_name(n) for n in ("last.ckpt", "optimizer.pt", "tmp.pth.tar", "summary.csv", "recovery-3-100.pth.tar")]
         [True, False, False, False, False]
     """
@@ -55,7 +55,7 @@ def is_checkpoint_name(name: str) -> bool:
 def is_copy_name(name: str) -> bool:
     """Whether a file of this name may be another checkpoint's copy, such as the last or the best one.
 
-    Example:
+    Examples:
         >>> [is_copy_name(n) for n in ("last.pth.tar", "model_best.pth.tar", "last-v1.ckpt", "checkpoint.pth", "checkpoint-3.pth")]
         [True, True, True, True, False]
     """
@@ -65,7 +65,7 @@ def is_copy_name(name: str) -> bool:
 def epoch_in_name(name: str) -> int | None:
     """The epoch that a file name states, or None.
 
-    Example:
+    Examples:
         >>> [epoch_in_name(n) for n in ("checkpoint-12.pth.tar", "epoch_020.pth", "007.pt", "resnet50.safetensors")]
         [12, 20, 7, None]
         >>> epoch_in_name("resnet50-0676ba61.pth") is None
@@ -83,7 +83,7 @@ def epoch_in_name(name: str) -> int | None:
 def surely_epoch_in_name(name: str) -> int | None:
     """The epoch that a file name states with a word for it, or None: a run's size or seed is no epoch.
 
-    Example:
+    Examples:
         >>> [surely_epoch_in_name(n) for n in ("model_7.pth", "epoch=4-step=9.ckpt", "resnet_50.pth", "checkpoint0020.pth")]
         [7, 4, None, 20]
     """
@@ -94,7 +94,7 @@ def surely_epoch_in_name(name: str) -> int | None:
 def step_in_name(name: str) -> int | None:
     """The optimiser step that a file name states, or None.
 
-    Example:
+    Examples:
         >>> [step_in_name(n) for n in ("epoch=4-step=900.ckpt", "step_500", "iter_2000.pth", "checkpoint-3.pth.tar")]
         [900, 500, 2000, None]
     """

@@ -16,7 +16,7 @@ FROM_ONE = ("Hugging Face Trainer",)
 def first_epoch(kinds: Collection[str], epochs: Sequence[int], planned: int | None) -> int:
     """What a run calls its first epoch: 0 where an epoch 0 was seen or its format is known to count so, else 1.
 
-    Example:
+    Examples:
         >>> first_epoch({"timm train.py"}, [5, 6], 40), first_epoch({"state dict"}, [1, 2], 40), first_epoch({"Lightning"}, [40], 40)
         (0, 1, 1)
     """
@@ -36,7 +36,7 @@ def span_of_run(checkpoints: Sequence[Checkpoint]) -> tuple[int, int] | None:
     Returns:
         None where no checkpoint states its epoch.
 
-    Example:
+    Examples:
         >>> files = [Checkpoint(Path(f"checkpoint-{e}.pth.tar"), e, None, "timm train.py", planned_epochs=300) for e in (10, 99)]
         >>> span_of_run(files), span_of_run([])
         ((0, 299), None)
@@ -55,7 +55,7 @@ def runs_of(checkpoints: Sequence[Checkpoint]) -> tuple[Path, ...]:
 
     Published weights are of none.
 
-    Example:
+    Examples:
         >>> def runs(*files):
         ...     return [str(p) for p in runs_of([Checkpoint(Path(f), i, None, "state dict") for i, f in enumerate(files)])]
         >>> runs("a/1.pth", "a/2.pth", "b/3.pth"), runs("a/epoch_1/net.pth", "a/epoch_2/net.pth"), runs("a/1/net.pth", "b/2/net.pth")

@@ -46,7 +46,7 @@ class RunLog:
     def epoch_of(self, step: int) -> int | None:
         """The epoch that a step ends, or None where it lies inside one.
 
-        Example:
+        Examples:
             >>> [RunLog(epochs_per_step=1 / 500).epoch_of(step) for step in (500, 750)]
             [1, None]
         """

@@ -88,7 +88,7 @@ def in_timm_names(weights: Mapping[str, Any]) -> dict[str, Any]:
     Known are torchvision's ConvNeXt and Swin (v1 and v2), Meta's ConvNeXt, Microsoft's Swin, and a ResNet whose layers were
     put into a ``Sequential`` without names. torchvision's ResNets have timm's names already.
 
-    Example:
+    Examples:
         >>> import torch
         >>> tensors = {"features.0.0.weight": torch.ones(96, 3, 4, 4), "features.1.0.layer_scale": torch.ones(96, 1, 1)}
         >>> {name: tuple(t.shape) for name, t in in_timm_names(tensors).items()}
@@ -112,7 +112,7 @@ def in_timm_names(weights: Mapping[str, Any]) -> dict[str, Any]:
 def in_groups(names: list[str]) -> str:
     """Names in a sentence, by what they begin with.
 
-    Example:
+    Examples:
         >>> in_groups(["student.a", "student.b", "queue"])
         'student (2 tensors), queue (1 tensor)'
     """

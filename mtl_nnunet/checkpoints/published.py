@@ -56,7 +56,7 @@ RECIPES: tuple[tuple[str, int | None, str], ...] = (
 def is_published_name(name: str | Path) -> bool:
     """Whether a candidate names published weights, not a path.
 
-    Example:
+    Examples:
         >>> [is_published_name(n) for n in ("timm:resnet50", "hf-hub:timm/resnet18.a1_in1k", "runs/resnet50")]
         [True, True, False]
     """
@@ -108,7 +108,7 @@ def find_published(name: str) -> list[Checkpoint]:
 def recipe_of(full: str) -> tuple[int | None, str]:
     """Length of the pretraining in epochs and the recipe, as far as the name of published weights tells.
 
-    Example:
+    Examples:
         >>> recipe_of("resnet50.a3_in1k")
         (100, 'ResNet strikes back, A3: LAMB, binary cross-entropy (arXiv:2110.00476), trained at 160 pixels')
         >>> recipe_of("mobilenetv4_conv_small.e3600_r256_in1k"), recipe_of("resnet50.d_in1k")

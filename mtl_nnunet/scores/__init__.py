@@ -266,7 +266,7 @@ def parse_score(text: str, views: str | None = None, strength: float = 1.0) -> S
     Raises:
         UserError: Unknown name, parameter or value; the message lists what there is.
 
-    Example:
+    Examples:
         >>> parse_score("robustness:margin=0.25,distance=l2").parameters
         {'level': -2, 'pooled': True, 'distance': 'l2', 'margin': 0.25}
     """

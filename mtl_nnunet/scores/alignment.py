@@ -38,7 +38,7 @@ def alignment(views: Tensor) -> float:
 
     Source: Wang and Isola 2020, arXiv:2005.10242, with exponent 2.
 
-    Example:
+    Examples:
         >>> alignment(torch.tensor([[[1.0, 0.0]], [[0.0, 2.0]]]))
         2.0
     """

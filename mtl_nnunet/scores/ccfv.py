@@ -30,7 +30,7 @@ def wasserstein(x: Tensor, y: Tensor) -> Tensor:
     Returns:
         Scalar.
 
-    Example:
+    Examples:
         >>> x = torch.tensor([[-1.0], [1.0]])
         >>> round(wasserstein(x, x + 3).item(), 4)
         3.0
@@ -119,7 +119,7 @@ def ccfv(features: Tensor, labels: np.ndarray, patients: np.ndarray) -> float:
     Source: Yang et al., MICCAI 2023, arXiv:2307.11958. Its script adds where the paper divides and keeps the energy
     1 / F in place of F; this follows the paper.
 
-    Example:
+    Examples:
         >>> x = torch.tensor([[0.0, 0.0], [0.0, 0.1], [1.0, 0.0], [0.0, 0.0], [0.0, 0.1], [1.0, 0.0]])
         >>> y, p = np.array([1, 1, 0, 1, 1, 0]), np.array([0, 0, 0, 1, 1, 1])
         >>> ccfv(x, y, p) > ccfv(x + torch.as_tensor(p)[:, None], y, p)

@@ -75,7 +75,7 @@ def contrastive(views: Tensor, patients: np.ndarray, distance: str = "cosine") -
     Source: the rank form of the robustness score of arXiv:2410.18677, with its fixed negative replaced by all slices
     of other patients.
 
-    Example:
+    Examples:
         >>> z = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
         >>> contrastive(torch.stack([z, z]), np.array([0, 1, 2]))
         1.0

@@ -26,7 +26,7 @@ def dice_statistic(predicted: np.ndarray, labels: np.ndarray, patients: np.ndarr
     Raises:
         ValueError: No foreground class in two patients.
 
-    Example:
+    Examples:
         >>> s = dice_statistic(np.array([1, 1, 1]), np.array([1, 0, 1]), np.array([0, 0, 1]))
         >>> s(np.array([[1, 1], [2, 0]])).round(4)
         array([0.8   , 0.6667])

@@ -22,7 +22,7 @@ def cosine_distance(x: Tensor, y: Tensor) -> Tensor:
     Returns:
         Shape (...).
 
-    Example:
+    Examples:
         >>> cosine_distance(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 1.0]]))
         tensor([0.2929])
     """
@@ -42,7 +42,7 @@ def l2_distance(x: Tensor, y: Tensor) -> Tensor:
     Returns:
         Shape (...).
 
-    Example:
+    Examples:
         >>> l2_distance(torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0, 0.0]]))
         tensor([2.])
     """
@@ -59,7 +59,7 @@ def pearson_distance(x: Tensor, y: Tensor) -> Tensor:
     Returns:
         Shape (...).
 
-    Example:
+    Examples:
         >>> pearson_distance(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[6.0, 4.0, 2.0]]))
         tensor([2.])
     """
@@ -77,7 +77,7 @@ def pairwise(distance: str, x: Tensor, y: Tensor) -> Tensor:
     Returns:
         Shape (N, M), float64.
 
-    Example:
+    Examples:
         >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
         >>> pairwise("cosine", x, x)
         tensor([[0., 1.],

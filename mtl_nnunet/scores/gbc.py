@@ -42,7 +42,7 @@ def gbc(features: Tensor, labels: np.ndarray, gaussian: str = "spherical") -> Te
     Source: Pándy et al. 2022, arXiv:2111.12780. The determinant of a spherical covariance is its variance to the power
     D; a public implementation takes the variance alone.
 
-    Example:
+    Examples:
         >>> x = torch.tensor([[-1.0], [1.0], [3.0], [5.0]])
         >>> round(gbc(x, np.array([0, 0, 1, 1])).item(), 4)  # -2 exp(-16 / 8)
         -0.2707

@@ -30,7 +30,7 @@ def hscore(features: Tensor, labels: np.ndarray, weights: Tensor | None = None) 
 
     Source: Bao et al. 2019, arXiv:2212.10082; shrinkage: Ibrahim et al. 2022, arXiv:2110.06893.
 
-    Example:
+    Examples:
         >>> x = torch.tensor([[0.0, 1.0], [0.0, -1.0], [4.0, 1.0], [4.0, -1.0]]).repeat(50, 1)
         >>> right, wrong = np.tile([0, 0, 1, 1], 50), np.tile([0, 1, 1, 0], 50)
         >>> [round(abs(hscore(x, y).item()), 2) for y in (right, wrong)]

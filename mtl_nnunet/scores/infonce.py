@@ -59,7 +59,7 @@ def infonce(views: Tensor, patients: np.ndarray, temperature: float = 0.1) -> fl
 
     Source: van den Oord et al. 2018, arXiv:1807.03748.
 
-    Example:
+    Examples:
         >>> z = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
         >>> round(infonce(torch.stack([z, z]), np.array([0, 1]), temperature=1.0), 4)  # K = 1: -log(1 + exp(-2))
         -0.1269

@@ -28,7 +28,7 @@ def vote(features: Tensor, labels: np.ndarray, patients: np.ndarray, k: int = 20
     Raises:
         ValueError: Pixels of one patient only, or fewer of other patients than neighbours.
 
-    Example:
+    Examples:
         >>> x = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])
         >>> vote(x, np.array([1, 1, 0, 0]), np.array([0, 1, 0, 1]), k=1)
         array([1, 1, 0, 0])
@@ -70,7 +70,7 @@ def knn(features: Tensor, labels: np.ndarray, patients: np.ndarray, k: int = 20)
 
     Source: the parameter-free twin of a linear probe, e.g. Caron et al. 2021, arXiv:2104.14294.
 
-    Example:
+    Examples:
         >>> x = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])
         >>> knn(x, np.array([1, 1, 0, 0]), np.array([0, 1, 0, 1]), k=1)
         1.0

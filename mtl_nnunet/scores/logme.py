@@ -34,7 +34,7 @@ def logme(features: Tensor, labels: np.ndarray) -> float:
 
     Source: You et al. 2021, arXiv:2102.11005.
 
-    Example:
+    Examples:
         >>> torch.manual_seed(0).initial_seed()
         0
         >>> x, y = torch.randn(200, 5), np.arange(200) % 2

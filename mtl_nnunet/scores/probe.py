@@ -32,7 +32,7 @@ def predictions(features: Tensor, labels: np.ndarray, patients: np.ndarray, ridg
     Raises:
         ValueError: Pixels of one patient only.
 
-    Example:
+    Examples:
         >>> x = torch.tensor([[0.0], [1.0], [0.1], [0.9]])
         >>> predictions(x, np.array([0, 1, 0, 1]), np.array([0, 0, 1, 1]))
         array([0, 1, 0, 1])
@@ -81,7 +81,7 @@ def probe(features: Tensor, labels: np.ndarray, patients: np.ndarray, ridge: flo
 
     Source: ridge regression on one-hot labels, the baseline that transferability scores should beat.
 
-    Example:
+    Examples:
         >>> x = torch.tensor([[0.0], [1.0], [0.1], [0.9]])
         >>> probe(x, np.array([0, 1, 0, 1]), np.array([0, 0, 1, 1]))
         1.0

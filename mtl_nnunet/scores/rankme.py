@@ -22,7 +22,7 @@ def effective_rank(embeddings: Tensor) -> float:
 
     Source: Roy and Vetterli 2007; as a score of pretrained encoders: RankMe, Garrido et al. 2023, arXiv:2210.02885.
 
-    Example:
+    Examples:
         >>> round(effective_rank(torch.eye(3)), 4)
         3.0
         >>> round(effective_rank(torch.ones(4, 3)), 4)

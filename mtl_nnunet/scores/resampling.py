@@ -27,7 +27,7 @@ def ratio_of_sums(numerators: np.ndarray, denominators: np.ndarray) -> Statistic
     Returns:
         Multiplicities (B, P) to (B,); NaN where nothing was drawn.
 
-    Example:
+    Examples:
         >>> ratio_of_sums(np.array([1.0, 3.0]), np.array([1.0, 1.0]))(np.array([[1, 1], [2, 0]]))
         array([2., 1.])
     """
@@ -70,7 +70,7 @@ def linearised(value: float, influence: np.ndarray) -> Statistic:
 
     Source: Efron, "The Jackknife, the Bootstrap and Other Resampling Plans" (1982), chapter 6.
 
-    Example:
+    Examples:
         >>> linearised(1.0, np.array([0.5, -0.5]))(np.array([[1, 1], [2, 0]]))
         array([1., 2.])
     """
@@ -103,7 +103,7 @@ def by_deletion(score: Callable[[np.ndarray], float], patients: np.ndarray) -> S
         score: Indices of the rows that stay, to the score.
         patients: Patient of each row, shape (N,), 0 to P - 1.
 
-    Example:
+    Examples:
         >>> x = np.array([1.0, 2.0, 6.0])
         >>> by_deletion(lambda rows: x[rows].mean(), np.arange(3))(np.array([[1, 1, 1], [3, 0, 0]]))
         array([3., 1.])

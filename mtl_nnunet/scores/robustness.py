@@ -24,7 +24,7 @@ def negative_of(n: int) -> Tensor:
     Returns:
         Index of the negative of each image, shape (n,), a permutation.
 
-    Example:
+    Examples:
         >>> negative_of(4).tolist()
         [1, 0, 3, 2]
         >>> negative_of(6).tolist()
@@ -52,7 +52,7 @@ def robustness_terms(view_a: Tensor, view_b: Tensor, margin: float = 0.5, distan
 
     Source: arXiv:2410.18677, its public code, commit ae4401a.
 
-    Example:
+    Examples:
         >>> a = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
         >>> robustness_terms(a, a, margin=1.5)
         tensor([0.5000, 0.5000])
@@ -86,7 +86,7 @@ def robustness(view_a: Tensor, view_b: Tensor, margin: float = 0.5, distance: st
 
     Source: arXiv:2410.18677, its public code, commit ae4401a.
 
-    Example:
+    Examples:
         >>> a = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
         >>> robustness(a, a)
         tensor(0.)
@@ -110,7 +110,7 @@ def table(
     Returns:
         By distance and margin; equal to ``robustness`` called for each.
 
-    Example:
+    Examples:
         >>> a = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
         >>> table(a, a.flip(0), [0.0, 0.5], ["cosine"])
         {('cosine', 0.0): 1.0, ('cosine', 0.5): 1.5}

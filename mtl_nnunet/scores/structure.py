@@ -50,7 +50,7 @@ def separability(features: Tensor, groups: np.ndarray, weights: Tensor | None = 
 
     Source: Dai et al., NeurIPS 2025, arXiv:2510.17299 (M_inter - M_intra).
 
-    Example:
+    Examples:
         >>> x = torch.tensor([[0.0], [0.0], [2.0], [2.0]])
         >>> separability(x, np.array([0, 0, 1, 1])).item()
         2.0

@@ -28,7 +28,7 @@ def uniformity(views: Tensor, patients: np.ndarray, t: float = 2.0) -> float:
 
     Source: Wang and Isola 2020, arXiv:2005.10242.
 
-    Example:
+    Examples:
         >>> uniformity(torch.tensor([[[1.0, 0.0], [-1.0, 0.0]]]), np.array([0, 1]))
         -8.0
     """
