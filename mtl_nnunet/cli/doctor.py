@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mtl_nnunet.errors import UserError
+
+if TYPE_CHECKING:
+    from mtl_nnunet.doctor import Finding
 
 
 def add_parser(commands: Any) -> None:
@@ -30,7 +33,7 @@ def report(args: argparse.Namespace) -> None:
     """
     from mtl_nnunet.doctor import PROBLEM, examine
 
-    findings = []
+    findings: list[Finding] = []
     for finding in examine():
         if not args.json:
             if not findings or finding.topic != findings[-1].topic:
