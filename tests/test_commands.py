@@ -13,6 +13,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from mtl_nnunet.cli.main import main, trainers_folder
 from mtl_nnunet.cli.select_checkpoint import main as select
+from mtl_nnunet.cli.watch_pretraining import main as watch
 from mtl_nnunet.errors import UserError
 from mtl_nnunet.plans import NETWORK, with_timm_unet
 
@@ -172,3 +173,19 @@ def test_plans_command_writes_a_file_of_another_name(make_dataset, capsys: pytes
         assert said in err[0]
     assert main(["plans", "-d", "77", "-o", "x"]) == 1
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "typed"),
+    [
+        (select, ["-d", "1", "-ckpt", "x", "-overwrite"]),
+        (watch, ["-d", "1", "-run", "x", "-o", "y", "-once"]),
+        (main, ["plans", "-d", "1", "-o", "mine", "-overwrite"]),
+    ],
+)
+def test_a_lost_dash_is_no_name_of_a_folder(command: Any, typed: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    # to argparse these are -o verwrite and -o nce
+    with pytest.raises(SystemExit) as stopped:
+        command(typed)
+    assert stopped.value.code == 2
+    assert f"unknown option {typed[-1]}. Did you mean -{typed[-1]}?" in capsys.readouterr().err

@@ -26,6 +26,7 @@ def run(
     Returns:
         0, or 1 after a user's error; wrong usage exits with 2 inside ``parse_args``.
     """
+    _refuse_lost_dash(parser, sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(argv)
     if not getattr(args, "verbose", False):
         # for the workers, which start with no filter of their own
@@ -51,6 +52,24 @@ def run(
         sys.stderr.close()
         return 1
     return 0
+
+
+def _refuse_lost_dash(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """``-overwrite`` is no mistake to argparse: it is ``-o verwrite``, and everything goes into a folder of that name."""
+    known = set(_options(parser))
+    for word in argv:
+        if word == "--":
+            return
+        if word not in known and f"-{word}" in known:
+            parser.error(f"unknown option {word}. Did you mean -{word}?")
+
+
+def _options(parser: argparse.ArgumentParser) -> Iterator[str]:
+    for action in parser._actions:
+        yield from action.option_strings
+        if isinstance(action, argparse._SubParsersAction):
+            for sub in action.choices.values():
+                yield from _options(sub)
 
 
 def _show_warning(
