@@ -12,7 +12,7 @@ import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import InvertibleTransform, MapTransform, MultiSampleTrait, Randomizable, RandomizableTransform
-from monai.utils import convert_to_dst_type, convert_to_tensor
+from monai.utils import convert_to_dst_type, convert_to_numpy, convert_to_tensor
 from torch import Tensor
 
 from mtl_nnunet.components.data import case_name
@@ -99,7 +99,7 @@ class NormalizeAsNnunetd(MapTransform):
         from nnunetv2.preprocessing.cropping.cropping import create_nonzero_mask
         from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
 
-        voxels = np.array(image, dtype=np.float32)
+        voxels = convert_to_numpy(image).astype(np.float32)
         if len(voxels) != len(self.channel_names):
             raise UserError(
                 f"{source_of(image)} has {len(voxels)} channels, and {len(self.channel_names)} are expected "
@@ -146,7 +146,7 @@ class SlicesOfCased(MapTransform, MultiSampleTrait):
         first = data[keys[0]]
         name = case_name(source_of(first))
         rng = np.random.default_rng([self.seed, zlib.crc32(name.encode())])
-        taken = evenly(not_empty(np.asarray(first), name), self.num_slices, rng)
+        taken = evenly(not_empty(convert_to_numpy(first), name), self.num_slices, rng)
         return [{**data, **{key: data[key][:, place] for key in keys}, "slice": place} for place in taken]
 
 
@@ -183,7 +183,7 @@ class RandView(RandomizableTransform):
             self.randomize()
         if not self._do_transform:
             return img
-        plain = torch.as_tensor(np.asarray(img), dtype=torch.float32)
+        plain = torch.as_tensor(convert_to_numpy(img), dtype=torch.float32)
         view = VIEWS[self.kind](plain[None], self.view_seed, 0, self.strength)[0]
         seen: Tensor = convert_to_dst_type(view, img, dtype=torch.float32)[0]
         return seen
@@ -238,7 +238,7 @@ class SaveSegmentationd(MapTransform):
 
         for key in self.key_iterator(dict(data)):
             source = nibabel.load(source_of(data[key]))
-            classes = np.asarray(data[key])[0].astype(np.uint8 if data[key].max() < 256 else np.uint16)
+            classes = convert_to_numpy(data[key])[0].astype(np.uint8 if data[key].max() < 256 else np.uint16)
             if classes.shape != source.shape[:3]:
                 raise UserError(
                     f"{source_of(data[key])} has shape {source.shape[:3]}, its segmentation {classes.shape}."
