@@ -119,6 +119,26 @@ def test_what_is_trained_is_what_was_scored(
             assert np.allclose(scored[:, middle[0], middle[1]], trained[:, own[0], own[1]], atol=1e-4)
 
 
+def test_spacing_is_that_of_voxels_whatever_the_affine() -> None:
+    before = volume((1, 6, 8, 10))
+    sizes = np.linalg.norm(ODD_AFFINE[:3, :3], axis=0)
+    transform = components.SpacingAsNnunetd(["image", "label"], [-1, sizes[1] / 2, sizes[2] * 2], ["linear", "nearest"])
+    after = transform({"image": before, "label": before > 200})
+    assert after["image"].shape == after["label"].shape == (1, 6, 16, 5)
+    assert after["label"].unique().tolist() == [0, 1]
+    # the corner of the first voxel stays where it is in the world
+    corner = [-0.5, -0.5, -0.5, 1]
+    assert np.allclose(np.asarray(after["image"].affine) @ corner, ODD_AFFINE @ corner)
+    assert np.allclose(np.linalg.norm(np.asarray(after["image"].affine)[:3, :3], axis=0), sizes * [1, 0.5, 2])
+    back = transform.inverse(after)["image"]
+    assert back.shape == before.shape
+    assert np.allclose(back.affine, ODD_AFFINE)
+    # values grow evenly along each axis, so that linear resampling gives them back but at the borders
+    assert torch.allclose(back[:, :, 2:-2, 2:-2], before[:, :, 2:-2, 2:-2], atol=1e-3)
+    same = components.SpacingAsNnunet(sizes)
+    assert torch.equal(same(before).as_tensor(), before.as_tensor())
+
+
 def test_constant_and_foreign_images_are_refused(tmp_path: Path) -> None:
     normalize = components.NormalizeAsNnunetd("image", ["MRI"])
     with pytest.raises(UserError, match="channel 0 is constant"):

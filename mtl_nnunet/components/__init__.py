@@ -18,6 +18,8 @@ from mtl_nnunet.components.transforms import (
     SliceAxisFirst,
     SliceAxisFirstd,
     SlicesOfCased,
+    SpacingAsNnunet,
+    SpacingAsNnunetd,
     nonzero,
 )
 from mtl_nnunet.components.unet import MonaiUNet
@@ -34,6 +36,8 @@ __all__ = [
     "SliceAxisFirst",
     "SliceAxisFirstd",
     "SlicesOfCased",
+    "SpacingAsNnunet",
+    "SpacingAsNnunetd",
     "Split",
     "describe_model",
     "images_in",

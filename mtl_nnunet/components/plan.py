@@ -80,7 +80,7 @@ class Plan:
 
     @property
     def pixdim(self) -> list[float]:
-        """Voxel size for MONAI's ``Spacingd``, which leaves an axis of -1 alone."""
+        """Voxel size for ``SpacingAsNnunetd``, which leaves an axis of -1 alone."""
         return [-1.0, *self.spacing[1:]] if self.spatial_dims == 2 else list(self.spacing)
 
     @property

@@ -11,7 +11,15 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import InvertibleTransform, MapTransform, MultiSampleTrait, Randomizable, RandomizableTransform
+from monai.data.utils import affine_to_spacing
+from monai.transforms import (
+    InvertibleTransform,
+    MapTransform,
+    MultiSampleTrait,
+    Randomizable,
+    RandomizableTransform,
+    Resize,
+)
 from monai.utils import convert_to_dst_type, convert_to_numpy, convert_to_tensor
 from torch import Tensor
 
@@ -62,6 +70,70 @@ class SliceAxisFirstd(MapTransform, InvertibleTransform):
     def inverse(self, data: Data) -> dict[Hashable, Any]:
         """Of each key."""
         return {**data, **{key: self.transform.inverse(data[key]) for key in self.key_iterator(dict(data))}}
+
+
+class SpacingAsNnunet(InvertibleTransform):
+    """A volume resampled to a spacing as nnU-Net does it: its extent stays, and only voxel sizes count, not rotation or shear.
+
+    Args:
+        spacing: Voxel size in mm for each axis; -1 leaves an axis as it is.
+        mode: ``linear``, or ``nearest`` for labels.
+    """
+
+    def __init__(self, spacing: Sequence[float], mode: str = "linear"):
+        self.spacing = tuple(float(s) for s in spacing)
+        self.mode = {"linear": "trilinear", "nearest": "nearest-exact"}[mode]
+
+    def __call__(self, img: Tensor) -> Tensor:
+        """(C, D, H, W) to the same extent in other voxels."""
+        volume = convert_to_tensor(img, track_meta=True)
+        sizes = affine_to_spacing(volume.affine)
+        scales = [1.0 if new <= 0 else float(old) / new for old, new in zip(sizes, self.spacing, strict=True)]
+        shape = [max(1, round(n * scale)) for n, scale in zip(volume.shape[1:], scales, strict=True)]
+        affine = volume.affine.clone()
+        resampled = self._resized(volume, shape, self.mode)
+        self.push_transform(resampled, orig_size=volume.shape[1:], extra_info={"mode": self.mode, "affine": affine})
+        return resampled
+
+    def inverse(self, data: Tensor) -> Tensor:
+        """Back to the voxels before."""
+        applied = self.pop_transform(data)
+        # MONAI writes "nearest" where a caller wants classes back
+        mode = "nearest-exact" if "nearest" in applied["extra_info"]["mode"] else "trilinear"
+        back = self._resized(data, applied["orig_size"], mode)
+        back.affine = applied["extra_info"]["affine"]
+        return back
+
+    def _resized(self, volume: Tensor, shape: Sequence[int], mode: str) -> Tensor:
+        if tuple(volume.shape[1:]) == tuple(shape):
+            return volume.clone()
+        resize = Resize(tuple(int(n) for n in shape), mode=mode, dtype=torch.float32)
+        with resize.trace_transform(False):
+            resized: Tensor = resize(volume)
+        return resized
+
+
+class SpacingAsNnunetd(MapTransform, InvertibleTransform):
+    """Dictionary version of ``SpacingAsNnunet``; ``mode`` may be one for each key."""
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        spacing: Sequence[float],
+        mode: str | Sequence[str] = "linear",
+        allow_missing_keys: bool = False,
+    ):
+        super().__init__(keys, allow_missing_keys)
+        modes = [mode] * len(self.keys) if isinstance(mode, str) else list(mode)
+        self.transforms = {key: SpacingAsNnunet(spacing, m) for key, m in zip(self.keys, modes, strict=True)}
+
+    def __call__(self, data: Data) -> dict[Hashable, Any]:
+        """Of each key."""
+        return {**data, **{key: self.transforms[key](data[key]) for key in self.key_iterator(dict(data))}}
+
+    def inverse(self, data: Data) -> dict[Hashable, Any]:
+        """Of each key."""
+        return {**data, **{key: self.transforms[key].inverse(data[key]) for key in self.key_iterator(dict(data))}}
 
 
 class NormalizeAsNnunetd(MapTransform):
