@@ -7,7 +7,7 @@ from mtl_nnunet.components.data import Split, images_in, split_cases
 from mtl_nnunet.components.handlers import ModelLoader, ModelRecorder, load_model, transferability_handler
 from mtl_nnunet.components.inferer import sliding_window
 from mtl_nnunet.components.metadata import describe_model
-from mtl_nnunet.components.plan import Plan, plan_training, read_plan
+from mtl_nnunet.components.plan import Plan, plan_training, read_plan, read_record
 from mtl_nnunet.components.selector import select
 from mtl_nnunet.components.training import recipe_optimizer, recipe_schedule
 from mtl_nnunet.components.transforms import (
@@ -45,6 +45,7 @@ __all__ = [
     "nonzero",
     "plan_training",
     "read_plan",
+    "read_record",
     "recipe_optimizer",
     "recipe_schedule",
     "select",

@@ -52,13 +52,14 @@ def describe_model(model: str | Path, bundle_root: str | Path = ".") -> None:
 
     Args:
         model: File of weights, with its record beside it.
-        bundle_root: Whose ``configs/metadata.json``; nothing is done where there is none.
+        bundle_root: Whose ``configs/metadata.json``; nothing is done where there is none, or where the model lies elsewhere.
 
     Raises:
         UserError: A record or ``metadata.json`` that cannot be read.
     """
     path = Path(bundle_root) / "configs" / "metadata.json"
-    if not path.is_file() or not Path(model).is_file():
+    within = Path(model).resolve().is_relative_to(Path(bundle_root).resolve())
+    if not within or not path.is_file() or not Path(model).is_file():
         return
     plan, record = read_plan(model), read_record(model)
     try:

@@ -100,9 +100,10 @@ class SpacingAsNnunet(InvertibleTransform):
         applied = self.pop_transform(data)
         # MONAI writes "nearest" where a caller wants classes back
         mode = "nearest-exact" if "nearest" in applied["extra_info"]["mode"] else "trilinear"
-        back = self._resized(data, applied["orig_size"], mode)
+        back: Any = self._resized(data, applied["orig_size"], mode)
         back.affine = applied["extra_info"]["affine"]
-        return back
+        volume: Tensor = back
+        return volume
 
     def _resized(self, volume: Tensor, shape: Sequence[int], mode: str) -> Tensor:
         if tuple(volume.shape[1:]) == tuple(shape):

@@ -58,6 +58,9 @@ class MonaiUNet(TimmUNet):
             deep_supervision=deep_supervision,
         )
         self.deep_supervision = deep_supervision
+        for parameter in self.encoder.unused_parameters():
+            # several processes would wait for its gradient for ever
+            parameter.requires_grad_(False)
         if selection is not None:
             chosen = read_selection(selection)
             if chosen.encoder != encoder:
