@@ -154,12 +154,12 @@ def class_names(dataset_dir: str | Path) -> tuple[str, ...]:
     if not isinstance(labels, dict) or not labels:
         raise UserError(f"{path} states no 'labels', so that the number of classes is not known. Add them.")
     # nnU-Net maps names to numbers, the Decathlon numbers to names
-    pairs = labels.items() if all(str(k).isdecimal() for k in labels) else ((v, k) for k, v in labels.items())
+    by_number = all(str(k).isdecimal() for k in labels)
+    pairs = list(labels.items()) if by_number else [(number, name) for name, number in labels.items()]
     if any(isinstance(number, (list, tuple)) for number, _ in pairs):
         raise UserError(
             f"{path} states regions, which MONAI's bundle does not train. State plain labels, or train with nnU-Net."
         )
-    pairs = labels.items() if all(str(k).isdecimal() for k in labels) else ((v, k) for k, v in labels.items())
     names = {int(number): str(name) for number, name in pairs}
     if "ignore" in names.values():
         raise UserError(f"{path} has an 'ignore' label, which MONAI's losses do not know. Train with nnU-Net.")

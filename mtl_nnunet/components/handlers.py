@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,9 @@ class ModelRecorder:
         """Write the record of weights that have none yet."""
         if not self.model.is_file():
             return
-        if record_file(self.model).is_file() and read_record(self.model)["sha256"] == sha256(self.model):
-            return
+        with suppress(UserError):
+            if read_record(self.model)["sha256"] == sha256(self.model):
+                return
         value = engine.state.metrics.get(self.metric)
         # the trainer tells its validator which epoch it is
         record = record_of(self.model, self.plan, None if value is None else float(value), engine.state.epoch)

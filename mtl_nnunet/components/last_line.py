@@ -6,6 +6,8 @@ what is wrong. The bundle's configs import this first.
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 from types import TracebackType
 
@@ -28,8 +30,15 @@ def user_error_behind(error: BaseException | None) -> UserError | None:
 def _hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     _before(kind, error, traceback)
     behind = user_error_behind(error)
-    if behind is not None:
-        print(f"\nmtl-nnunet: {' '.join(str(behind).split())}", file=sys.stderr)
+    if behind is None:
+        return
+    print(f"\nmtl-nnunet: {' '.join(str(behind).split())}", file=sys.stderr)
+    if not (hasattr(sys, "ps1") or sys.flags.interactive):
+        # threads that are still inside a reader would take the process down, with a last line of their own
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 sys.excepthook = _hook
