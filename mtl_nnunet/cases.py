@@ -98,29 +98,27 @@ def find_nnunet_dataset(dataset: str | int, skip_bad_cases: bool = False) -> Dat
     Raises:
         UserError: ``nnUNet_raw`` is not set, no such dataset, a missing channel or label, or an unreadable first image.
     """
-    folder = _raw_folder(dataset)
-    description = _read_json(folder / "dataset.json", "nnU-Net's description of the dataset")
-    channels = description.get("channel_names", description.get("modality"))
-    ending = description.get("file_ending")
-    if not isinstance(channels, dict) or not channels or not isinstance(ending, str):
-        raise UserError(
-            f"{folder / 'dataset.json'} is no nnU-Net v2 dataset.json: it needs 'channel_names', 'labels' and "
-            "'file_ending'. Convert the dataset with nnUNetv2_convert_MSD_dataset or write the file by hand."
-        )
-    cases = _listed_cases(folder, description) if "dataset" in description else _cases_in_folder(folder, ending)
-    reasons = {**_missing_channels(cases, folder / "imagesTr"), **_missing_files(cases)}
-    cases, skipped = _without_bad_cases(cases, reasons, folder, skip_bad_cases)
-    names = _in_order(channels, folder / "dataset.json")
-    labels = description.get("labels")
-    ignored = labels.get("ignore") if isinstance(labels, dict) else None
-    return Dataset(
-        folder.name,
-        cases,
-        names,
-        _nnunet_reader(description, [c.images[0] for c in (cases[:TRIED_FOR_READER] if skip_bad_cases else cases[:1])]),
-        ignore_label=ignored if isinstance(ignored, int) else None,
-        skipped=skipped,
-    )
+    return _nnunet_dataset(_raw_folder(dataset), skip_bad_cases)
+
+
+def find_dataset_folder(folder: str | Path, skip_bad_cases: bool = False) -> Dataset:
+    """A dataset by its folder: one of nnU-Net's raw format, or one with a Decathlon/MONAI datalist.
+
+    Args:
+        folder: Holds ``dataset.json``, or is such a file.
+        skip_bad_cases: As for ``find_nnunet_dataset``.
+
+    Raises:
+        UserError: No such folder, no ``dataset.json`` in it, one of neither kind, or an unreadable first image.
+    """
+    path = Path(folder)
+    description = path if path.suffix == ".json" else path / "dataset.json"
+    if not description.parent.is_dir():
+        raise UserError(f"no such dataset folder: {description.parent}. Pass a folder with a dataset.json.")
+    content = _read_json(description, "the dataset.json of an nnU-Net raw dataset or of a Decathlon/MONAI datalist")
+    if isinstance(content.get("training"), list):
+        return find_image_folder(description, skip_bad_cases=skip_bad_cases)
+    return _nnunet_dataset(description.parent.resolve(), skip_bad_cases)
 
 
 def find_image_folder(
@@ -362,6 +360,31 @@ def _raw_folder(dataset: str | int) -> Path:
 
 def _of_number(raw: Path, number: int) -> list[Path]:
     return sorted(p for p in raw.glob(f"Dataset{number:03d}_*") if p.is_dir())
+
+
+def _nnunet_dataset(folder: Path, skip_bad_cases: bool) -> Dataset:
+    description = _read_json(folder / "dataset.json", "nnU-Net's description of the dataset")
+    channels = description.get("channel_names", description.get("modality"))
+    ending = description.get("file_ending")
+    if not isinstance(channels, dict) or not channels or not isinstance(ending, str):
+        raise UserError(
+            f"{folder / 'dataset.json'} is no nnU-Net v2 dataset.json: it needs 'channel_names', 'labels' and "
+            "'file_ending'. Convert the dataset with nnUNetv2_convert_MSD_dataset or write the file by hand."
+        )
+    cases = _listed_cases(folder, description) if "dataset" in description else _cases_in_folder(folder, ending)
+    reasons = {**_missing_channels(cases, folder / "imagesTr"), **_missing_files(cases)}
+    cases, skipped = _without_bad_cases(cases, reasons, folder, skip_bad_cases)
+    names = _in_order(channels, folder / "dataset.json")
+    labels = description.get("labels")
+    ignored = labels.get("ignore") if isinstance(labels, dict) else None
+    return Dataset(
+        folder.name,
+        cases,
+        names,
+        _nnunet_reader(description, [c.images[0] for c in (cases[:TRIED_FOR_READER] if skip_bad_cases else cases[:1])]),
+        ignore_label=ignored if isinstance(ignored, int) else None,
+        skipped=skipped,
+    )
 
 
 def _cases_in_folder(folder: Path, ending: str) -> tuple[Case, ...]:

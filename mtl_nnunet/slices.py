@@ -260,7 +260,7 @@ def _extract(
     order = [0, *(i + 1 for i in _plane_first(axis))]
     label = None if image.label is None else image.label[None].transpose(order)
     voxels, mask, _ = crop_to_nonzero(image.voxels.transpose(order), label)
-    taken = _evenly(_not_empty(voxels, case), quota, np.random.default_rng([seed, zlib.crc32(case.name.encode())]))
+    taken = evenly(not_empty(voxels, case.name), quota, np.random.default_rng([seed, zlib.crc32(case.name.encode())]))
     # nnU-Net clips resampled values to the range of the whole volume: its extreme slices travel along
     extremes = {int(s) for s in (*voxels.min((2, 3)).argmin(1), *voxels.max((2, 3)).argmax(1))}
     positions = sorted(extremes.union(taken))
@@ -292,7 +292,16 @@ def _plane_first(axis: int) -> list[int]:
     return [axis, *(i for i in range(3) if i != axis)]
 
 
-def _not_empty(voxels: np.ndarray, case: Case) -> np.ndarray:
+def not_empty(voxels: np.ndarray, name: str) -> np.ndarray:
+    """Places along the first axis of a volume (C, Z, Y, X) whose slices vary as an image does.
+
+    Args:
+        voxels: The volume.
+        name: Of its case, for the message.
+
+    Raises:
+        UserError: There is none.
+    """
     # slice by slice, since NumPy's deviation of a volume takes another volume of memory
     slices = range(voxels.shape[1])
     means = np.stack([voxels[:, s].mean((1, 2), dtype=np.float64) for s in slices], axis=1)
@@ -301,13 +310,14 @@ def _not_empty(voxels: np.ndarray, case: Case) -> np.ndarray:
     filled = np.flatnonzero(((of_slices >= EMPTY_SHARE * of_volume) & (of_volume > 0)).any(0))
     if not len(filled):
         raise UserError(
-            f"case {case.name}: inside its nonzero region every slice is constant, so there is nothing to embed. "
+            f"case {name}: inside its nonzero region every slice is constant, so there is nothing to embed. "
             "Repair the image, or leave the case out."
         )
     return filled
 
 
-def _evenly(candidates: np.ndarray, quota: int, rng: np.random.Generator) -> tuple[int, ...]:
+def evenly(candidates: np.ndarray, quota: int, rng: np.random.Generator) -> tuple[int, ...]:
+    """At most ``quota`` of the candidates, in equal steps from a random start."""
     if len(candidates) <= quota:
         return tuple(int(c) for c in candidates)
     steps = np.floor((np.arange(quota) + rng.random()) * len(candidates) / quota).astype(int)

@@ -26,6 +26,8 @@ def test_wheel_carries_trainers_inside_the_package_only(wheel: Path) -> None:
     assert "mtl_nnunet/trainers/mtl_nnunet_trainers.py" in names
     assert "mtl_nnunet/py.typed" in names
     assert "mtl_nnunet/demo_data/pretraining/checkpoint-39.pth.tar" in names
+    for file in ("LICENSE", "docs/README.md", "configs/metadata.json", "configs/train.yaml", "configs/logging.conf"):
+        assert f"mtl_nnunet/bundle/{file}" in names
     tops = {n.split("/")[0] for n in names}
     assert {t for t in tops if not t.endswith(".dist-info")} == {"mtl_nnunet"}
 

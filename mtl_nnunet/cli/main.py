@@ -1,9 +1,10 @@
-"""``mtl-nnunet``: trainers, plans, checkpoints, demo, doctor, evaluate-scores, fit-chooser."""
+"""``mtl-nnunet``: trainers, plans, bundle, checkpoints, demo, doctor, evaluate-scores, fit-chooser."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -57,6 +58,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     plans.add_argument("--overwrite", action="store_true", help="replace plans of that name")
     plans.set_defaults(command=make_plans)
+
+    bundle = commands.add_parser(
+        "bundle",
+        help="copy out the MONAI bundle",
+        description="Copy the MONAI bundle into a new folder, to select, train and segment in with python -m monai.bundle run.",
+    )
+    bundle.add_argument("name", metavar="NAME", help="folder to write")
+    bundle.add_argument(
+        "--overwrite", action="store_true", help="replace the shipped files of a bundle; what was trained in it stays"
+    )
+    bundle.set_defaults(command=copy_bundle)
 
     demo = commands.add_parser(
         "demo",
@@ -127,6 +139,19 @@ def sized_batches(
     sized = size_batches(source, plans, configurations, target_gb)
     print(report(sized, source_name, target_gb))
     return {ours.configuration: ours.size for ours, _ in sized}
+
+
+def copy_bundle(args: argparse.Namespace) -> None:
+    """Copy the MONAI bundle out."""
+    from mtl_nnunet.bundles import write_bundle
+
+    folder = shlex.quote(str(write_bundle(args.name, args.overwrite)))
+    print(f"written: {folder}")
+    print(
+        f"next (pip install 'mtl-nnunet[monai]'):\n  cd {folder}\n"
+        "  python -m monai.bundle run --config_file configs/select.yaml --dataset_dir DATASET --checkpoints RUN\n"
+        "  python -m monai.bundle run --config_file configs/train.yaml --dataset_dir DATASET"
+    )
 
 
 def run_demo(args: argparse.Namespace) -> None:

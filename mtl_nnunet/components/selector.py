@@ -1,0 +1,73 @@
+"""Choose a checkpoint from a config."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mtl_nnunet.cache import ResultCache, default_folder
+from mtl_nnunet.cases import find_dataset_folder, with_patients
+from mtl_nnunet.components.data import PATIENTS_FILE
+from mtl_nnunet.errors import UserError
+from mtl_nnunet.select import Outcome, select_checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+def select(
+    dataset_dir: str | Path,
+    output: str | Path,
+    checkpoints: str | Path | Sequence[str | Path] | None = None,
+    encoder: str | None = None,
+    scores: str | Sequence[str] = "contrastive",
+    patients: str | Path | None = None,
+    cache: bool = True,
+    device: Any = "cpu",
+    **options: Any,
+) -> Outcome:
+    """Score checkpoints on a dataset, choose one, write the selection and print the ranking.
+
+    Args:
+        dataset_dir: Folder of an nnU-Net raw dataset, or of a Decathlon/MONAI datalist.
+        output: Folder of the selection.
+        checkpoints: Folder of a pretraining run, its files, or published weights (``timm:NAME``); None takes what timm publishes of
+            the encoder.
+        encoder: timm's name, where the checkpoints do not say.
+        scores: The first one is shown; see ``mtl_nnunet.select_checkpoint``.
+        patients: Table ``case,patient``; None takes ``patients.csv`` of the folder if it is there.
+        cache: Look results up, and keep them.
+        device: Where the encoder runs.
+        options: Further ones of ``mtl_nnunet.select_checkpoint``, such as ``rule``, ``fold`` or ``num_slices``.
+
+    Raises:
+        UserError: What is wrong and what to do about it; nothing was written.
+    """
+    from mtl_nnunet.report import budget_text, comparison_text, ranking_text, warnings_in_words
+
+    if checkpoints is None and encoder is None:
+        raise UserError(
+            "there are no checkpoints to choose from. Pass --checkpoints FOLDER of a pretraining run, or --encoder#name NAME for what "
+            "timm publishes of that network."
+        )
+    dataset = find_dataset_folder(dataset_dir)
+    folder = Path(dataset_dir) if Path(dataset_dir).is_dir() else Path(dataset_dir).parent
+    table = patients or (folder / PATIENTS_FILE if (folder / PATIENTS_FILE).is_file() else None)
+    outcome = select_checkpoint(
+        dataset if table is None else with_patients(dataset, table),
+        f"timm:{encoder}" if checkpoints is None else checkpoints,
+        scores,
+        encoder=encoder,
+        output=output,
+        device=str(device),
+        cache=ResultCache(default_folder()) if cache else None,
+        command=["python", "-m", "monai.bundle", "run", "--config_file", "configs/select.yaml"],
+        **options,
+    )
+    for warning in warnings_in_words(outcome.ranking, outcome.slices.num_patients):
+        logger.warning(warning)
+    texts = [ranking_text(outcome.ranking), comparison_text(outcome.ranking), budget_text(outcome.ranking)]
+    print("\n".join(text for text in texts if text))
+    print(f"written: {output}")
+    return outcome
