@@ -75,15 +75,17 @@ def folder_written_atomically(folder: str | os.PathLike[str], overwrite: bool = 
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
         yield temporary
-        for file in temporary.iterdir():
-            with open(file, "rb") as opened:
-                os.fsync(opened.fileno())
+        written = sorted(temporary.rglob("*"))
+        for file in written:
+            if file.is_file():
+                with open(file, "rb") as opened:
+                    os.fsync(opened.fileno())
         # mkdtemp makes a private folder, safetensors private files; a selection is as readable as any other result
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o777 & ~umask)
-        for file in temporary.iterdir():
-            file.chmod(0o666 & ~umask)
+        for file in written:
+            file.chmod((0o777 if file.is_dir() else 0o666) & ~umask)
         if folder.exists():
             old = temporary.with_suffix(".old")
             try:
