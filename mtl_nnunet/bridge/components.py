@@ -22,7 +22,7 @@ from monai.inferers import Inferer
 from monai.transforms import MapTransform
 from torch import Tensor, nn
 
-from mtl_nnunet.bridge.geometry import affine_of, from_zyx, to_zyx
+from mtl_nnunet.bridge.geometry import affine_of, from_monai, from_zyx, to_zyx
 from mtl_nnunet.bridge.model import NATURAL_READER, TrainedModel
 from mtl_nnunet.cases import read_with_nnunet, refuse_endless_file
 from mtl_nnunet.errors import UserError
@@ -34,10 +34,12 @@ PROPERTIES = "nnunet_properties"
 class NNUNetPreprocessd(MapTransform):
     """Read the files of a case with nnU-Net's reader; crop, normalise and resample as nnU-Net does.
 
+    In place of files it takes a ``MetaTensor`` (C, X, Y, Z) as ``LoadImaged`` and ``EnsureChannelFirstd`` make it.
+
     Out comes a ``MetaTensor`` (C, Z, Y, X) in the plans' axis order and spacing; what undoes it stands in its ``meta``.
 
     Args:
-        keys: Where the list of files is, one a channel.
+        keys: Where the list of files is, one a channel, or the image in memory.
         model: ``read_model``.
         allow_missing_keys: Leave dictionaries without the key alone.
 
@@ -56,23 +58,28 @@ class NNUNetPreprocessd(MapTransform):
             done[key] = self._preprocessed(done[key])
         return done
 
-    def _preprocessed(self, files: str | Path | list[str]) -> MetaTensor:
-        paths = [Path(files)] if isinstance(files, (str, Path)) else [Path(f) for f in files]
-        for path in paths:
-            refuse_endless_file(path)
+    def _preprocessed(self, image: Any) -> MetaTensor:
         model = self.model
-        voxels, properties = read_with_nnunet(paths, model.reader)
+        if isinstance(image, Tensor):
+            voxels, properties = from_monai(image, model.reader)
+            name = str(getattr(image, "meta", {}).get("filename_or_obj", "an image"))
+        else:
+            paths = [Path(image)] if isinstance(image, (str, Path)) else [Path(f) for f in image]
+            for path in paths:
+                refuse_endless_file(path)
+            voxels, properties = read_with_nnunet(paths, model.reader)
+            name = str(paths[0])
         if len(voxels) != len(model.channel_names):
             raise UserError(
-                f"{', '.join(map(str, paths))}: {len(voxels)} channels, but the model was trained on {len(model.channel_names)} "
+                f"{name} has {len(voxels)} channel(s), but the model was trained on {len(model.channel_names)} "
                 f"({', '.join(model.channel_names)}). Give one file a channel, in that order."
             )
         preprocessor = model.configuration_manager.preprocessor_class(verbose=False)
-        image, _, properties = preprocessor.run_case_npy(
+        preprocessed, _, properties = preprocessor.run_case_npy(
             voxels, None, properties, model.plans_manager, model.configuration_manager, model.dataset
         )
-        meta = {"filename_or_obj": str(paths[0]), PROPERTIES: json.dumps(properties, default=_listed)}
-        return MetaTensor(torch.from_numpy(image).to(torch.float32).contiguous(), meta=meta)
+        meta = {"filename_or_obj": name, PROPERTIES: json.dumps(properties, default=_listed)}
+        return MetaTensor(torch.from_numpy(preprocessed).to(torch.float32).contiguous(), meta=meta)
 
 
 class NNUNetInferer(Inferer):
