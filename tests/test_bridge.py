@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import monai.bundle
 import nibabel
@@ -153,7 +154,9 @@ def begin(place: Workplace, cls: type[Any], dataset: str, configuration: str) ->
     with nnunet_folders_of(place):
         torch.manual_seed(3)
         trainer = trainer_of(place, cls, dataset, configuration)
-        trainer.initialize()
+        # it looks for preprocessed data, of which nothing is read before the first step
+        with mock.patch("nnunetv2.training.nnUNetTrainer.nnUNetTrainer.infer_dataset_class"):
+            trainer.initialize()
         for key in ("train_losses", "val_losses", "mean_fg_dice", "lrs"):
             trainer.logger.log(key, torch.tensor(0.5).numpy()[()], 0)
         # of NumPy's type, as nnU-Net's own trainer leaves it

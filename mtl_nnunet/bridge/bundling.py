@@ -62,7 +62,7 @@ def bundle_of_model(
         UserError: No model there, a fold without the checkpoint, weights that do not fit the plans, a second stage of a
             cascade, a trainer whose network nnU-Net cannot build elsewhere, or a destination that is not ours to replace.
     """
-    model_folder, destination = Path(model_folder), Path(destination)
+    model_folder, destination = Path(model_folder), Path(destination).resolve()
     if destination.exists() and overwrite:
         _refuse_foreign(destination)
     plans, dataset = _descriptions(model_folder)

@@ -10,6 +10,7 @@ import io
 import json
 import multiprocessing
 import os
+import tempfile
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
@@ -195,7 +196,7 @@ class NNUNetSaved(MapTransform):
     Args:
         keys: Where the segmentations are, as ``NNUNetSegmentationd`` or a transform after it leaves them.
         model: ``read_model``.
-        output_dir: Where to; files are named by ``case_key``, written under another name first.
+        output_dir: Where to; files are named by ``case_key`` and appear once they are whole.
         case_key: Where the name of the case is.
         allow_missing_keys: Leave dictionaries without the key alone.
 
@@ -225,20 +226,23 @@ class NNUNetSaved(MapTransform):
     def _write(self, segmentation: MetaTensor, case: str) -> None:
         properties = json.loads(segmentation.meta[PROPERTIES])
         voxels = segmentation.as_tensor()[0].cpu().numpy()
-        file = self.output_dir / f"{case}{self.model.file_ending}"
-        # the writers go by the ending
-        temporary = file.with_name(f".{os.getpid()}.{file.name}")
+        name = f"{case}{self.model.file_ending}"
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            writer = self.model.plans_manager.image_reader_writer_class()
-            writer.write_seg(to_zyx(voxels, _is_flat(self.model, properties)), str(temporary), properties)
-            os.replace(temporary, file)
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            # the writer of TIFF adds a second file
+            with tempfile.TemporaryDirectory(prefix=f".{case}.", dir=self.output_dir) as temporary:
+                writer = self.model.plans_manager.image_reader_writer_class()
+                writer.write_seg(
+                    to_zyx(voxels, _is_flat(self.model, properties)), str(Path(temporary, name)), properties
+                )
+                for file in sorted(Path(temporary).iterdir()):
+                    os.replace(file, self.output_dir / file.name)
         except (OSError, RuntimeError) as error:
             # SimpleITK raises the latter
             reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-            raise UserError(f"could not write {file}: {reason}. Free space, or pass --output_dir FOLDER.") from error
-        finally:
-            temporary.unlink(missing_ok=True)
+            raise UserError(
+                f"could not write {self.output_dir / name}: {reason}. Free space, or pass --output_dir FOLDER."
+            ) from error
 
 
 def _is_flat(model: TrainedModel, properties: dict[str, Any]) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 from typing import Any
 
+import numpy as np
+
 from mtl_nnunet import __version__
 from mtl_nnunet.bridge.model import TrainedModel
 
@@ -75,7 +77,8 @@ def head_names(model: TrainedModel) -> list[str]:
     names = [n for n in model.dataset["labels"] if n != "ignore"]
     if labels.has_regions:
         return [n for n in names if n != "background"]
-    return sorted(names, key=lambda n: int(model.dataset["labels"][n]))
+    # nnU-Net takes [1] for 1
+    return sorted(names, key=lambda n: int(np.ravel(model.dataset["labels"][n])[0]))
 
 
 def readme_of(model: TrainedModel, name: str, record: dict[str, Any], metadata: dict[str, Any]) -> str:

@@ -98,6 +98,10 @@ def _of_entry(entry: Any, model: TrainedModel, base: Path) -> dict[str, Any]:
             f"{entry!r:.120} is no image to predict. Expected a file, a list of files (one a channel), or a dictionary with such an 'image'."
         )
     named = entry.get("case") if isinstance(entry, Mapping) else None
+    if named and Path(str(named)).name != str(named):
+        raise UserError(
+            f"case {named!r} is no name of a file. Leave the path out: --output_dir says where it is written."
+        )
     paths = [str(base / f) for f in files]
     return {"image": paths, "case": str(named) if named else _case_name(Path(paths[0]).name, model.file_ending)}
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from types import TracebackType
 
 from mtl_nnunet.errors import UserError
+
+NAME = f"{UserError.__module__}.{UserError.__qualname__}"
 
 
 def end_traces_in_our_message() -> None:
@@ -20,20 +23,23 @@ def end_traces_in_our_message() -> None:
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         before(kind, error, trace)
-        inner = _user_error_behind(error)
-        if inner is not None and inner is not error:
-            print(f"\n{type(inner).__module__}.{type(inner).__qualname__}: {inner}", file=sys.stderr)
+        message = None if isinstance(error, UserError) else _message_behind(error)
+        if message is not None:
+            print(f"\n{NAME}: {message}", file=sys.stderr)
 
     hook.says_ours_last = True  # type: ignore[attr-defined]
     sys.excepthook = hook
 
 
-def _user_error_behind(error: BaseException) -> UserError | None:
+def _message_behind(error: BaseException) -> str | None:
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:
         if isinstance(current, UserError):
-            return current
+            return str(current)
+        # a worker of a DataLoader hands its errors over as text
+        if found := re.findall(rf"^{re.escape(NAME)}: (.*)$", str(current), re.MULTILINE):
+            return str(found[-1])
         seen.add(id(current))
         current = current.__cause__ or current.__context__
     return None
