@@ -231,6 +231,7 @@ def predict_with_nnunet(
     tta: bool = True,
 ) -> None:
     """nnU-Net's own predictor in this process, with the threads that its command takes."""
+    out.mkdir()
     threads = torch.get_num_threads()
     torch.set_num_threads(multiprocessing.cpu_count())
     try:
