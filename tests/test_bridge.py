@@ -37,6 +37,7 @@ from mtl_nnunet.bridge import (
     read_model,
 )
 from mtl_nnunet.bridge.geometry import from_monai
+from mtl_nnunet.bridge.traces import message_behind
 from mtl_nnunet.cases import read_with_nnunet
 from mtl_nnunet.cli.main import trainers_folder
 from mtl_nnunet.errors import UserError
@@ -620,6 +621,26 @@ def test_monais_trace_ends_in_our_message(spoil: str, message: str, bundle: Path
     assert done.returncode == 1
     assert message in done.stderr.strip().splitlines()[-1]
     assert done.stderr.strip().splitlines()[-1].startswith("mtl_nnunet.errors.UserError: ")
+
+
+class Refusing(torch.utils.data.Dataset[None]):
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> None:
+        try:
+            raise UserError("what to do next")
+        except UserError as error:
+            # as MONAI wraps what a transform raises
+            raise RuntimeError("applying transform") from error
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_error_of_a_worker_is_told_too(num_workers: int) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        next(iter(torch.utils.data.DataLoader(Refusing(), num_workers=num_workers)))
+    assert message_behind(caught.value) == "what to do next"
+    assert message_behind(ValueError("of others")) is None
 
 
 @pytest.mark.slow

@@ -23,23 +23,25 @@ def end_traces_in_our_message() -> None:
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         before(kind, error, trace)
-        message = None if isinstance(error, UserError) else _message_behind(error)
-        if message is not None:
+        message = message_behind(error)
+        # an error of ours that nothing wraps stands there already
+        if message is not None and message != str(error):
             print(f"\n{NAME}: {message}", file=sys.stderr)
 
     hook.says_ours_last = True  # type: ignore[attr-defined]
     sys.excepthook = hook
 
 
-def _message_behind(error: BaseException) -> str | None:
+def message_behind(error: BaseException) -> str | None:
+    """The message of the ``UserError`` that an exception was raised from, in this process or in a worker."""
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:
-        if isinstance(current, UserError):
-            return str(current)
         # a worker of a DataLoader hands its errors over as text
         if found := re.findall(rf"^{re.escape(NAME)}: (.*)$", str(current), re.MULTILINE):
             return str(found[-1])
+        if isinstance(current, UserError):
+            return str(current)
         seen.add(id(current))
         current = current.__cause__ or current.__context__
     return None
