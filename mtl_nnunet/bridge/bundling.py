@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -210,8 +211,17 @@ def _record(model: TrainedModel, models: Path, trained_with: str, sources: dict[
         "files": {name: sha256(models / name) for name in names},
         "made_from": {fold: {"file": file.name, "sha256": sha256(file)} for fold, file in sources.items()},
         "selection": model.plans.get(RECORD_KEY),
-        "versions": {"mtl-nnunet": __version__, **{p: importlib.metadata.version(p) for p in PACKAGES}},
+        "versions": {"mtl-nnunet": __version__, **_versions()},
     }
+
+
+def _versions() -> dict[str, str]:
+    """Of the packages that a prediction goes through; Ignite, which runs MONAI's engines, may not be needed here."""
+    found = {}
+    for package in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def _validation(folder: Path, folds: Iterable[str]) -> dict[str, float]:

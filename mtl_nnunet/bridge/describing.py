@@ -106,14 +106,14 @@ It reads, crops, resamples, normalises, predicts and writes by nnU-Net's own fun
 ## Run
 
 ```bash
-pip install 'mtl-nnunet=={record["versions"]["mtl-nnunet"]}' 'nnunetv2=={record["versions"]["nnunetv2"]}' fire
+pip install 'mtl-nnunet=={record["versions"]["mtl-nnunet"]}' 'nnunetv2=={record["versions"]["nnunetv2"]}' fire pytorch-ignite
 cd {name}
 python -m monai.bundle run --config_file configs/inference.yaml --dataset_dir IMAGES --output_dir SEGMENTATIONS
 ```
 
 `IMAGES` is a folder of {names}, or a Decathlon datalist (`.json`; `--datalist_key testing`).
 Segmentations have the geometry of their image. `--folds "[0]"` takes one fold, `--inferer#use_mirroring false` is nnU-Net's `--disable_tta`,
-`--device "\\$torch.device('cpu')"` chooses a device.
+`--device cpu` chooses a device.
 
 ## Model
 
