@@ -427,7 +427,7 @@ def _nnunet_reader(description: dict[str, Any], examples: Sequence[Path]) -> str
     endless: UserError | None = None
     for example in examples:
         try:
-            _refuse_endless_file(example)
+            refuse_endless_file(example)
         except UserError as error:
             endless = error
             continue
@@ -450,8 +450,12 @@ def _nifti_header(start: bytes) -> Any:
     return kind(start[: kind.template_dtype.itemsize], check=False)
 
 
-def _refuse_endless_file(file: Path) -> None:
-    """The same of a file that was not read yet; what is wrong with it otherwise, the reader will say."""
+def refuse_endless_file(file: Path) -> None:
+    """Refuse a file, before it is read, that ITK would compute on for ever; what else is wrong with it the reader will say.
+
+    Raises:
+        UserError: A NIfTI header whose orientation holds NaN or infinity.
+    """
     from nibabel.spatialimages import HeaderDataError
     from nibabel.wrapstruct import WrapStructError
 
@@ -465,7 +469,16 @@ def _refuse_endless_file(file: Path) -> None:
     _refuse_endless_orientation(header, file)
 
 
-def _read_with_nnunet(files: Sequence[Path], reader: str) -> tuple[np.ndarray, tuple[float, float, float]]:
+def read_with_nnunet(files: Sequence[Path], reader: str) -> tuple[np.ndarray, dict[str, Any]]:
+    """The channels of a case as nnU-Net's reader of that name reads them.
+
+    Returns:
+        Voxels (C, Z, Y, X), float32, and nnU-Net's properties: ``spacing`` along (Z, Y, X), and what its writer needs to
+        put a segmentation into the same geometry.
+
+    Raises:
+        UserError: A file that cannot be read, or channels that do not lie on one grid.
+    """
     from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
 
     try:
@@ -477,8 +490,13 @@ def _read_with_nnunet(files: Sequence[Path], reader: str) -> tuple[np.ndarray, t
                 f"the channels {listed([str(f) for f in files])} differ in shape or spacing. Resample them onto one grid."
             ) from error
         raise UserError(_unreadable(*files)) from error
+    return voxels.astype(np.float32, copy=False), properties
+
+
+def _read_with_nnunet(files: Sequence[Path], reader: str) -> tuple[np.ndarray, tuple[float, float, float]]:
+    voxels, properties = read_with_nnunet(files, reader)
     z, y, x = (float(s) for s in properties["spacing"])
-    return voxels.astype(np.float32, copy=False), (z, y, x)
+    return voxels, (z, y, x)
 
 
 def _read_with_monai(files: Sequence[Path], reader: str) -> tuple[np.ndarray, tuple[float, float, float]]:

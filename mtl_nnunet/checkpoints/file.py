@@ -213,10 +213,15 @@ def _read(path: Path) -> tuple[Mapping[str, Any], Mapping[str, str]]:
         ) from error
     if size == 0:
         raise UserError(f"checkpoint {path} is empty.{_being_written(path)} Copy it again from where the run wrote it.")
-    return _read_safetensors(path) if path.suffix == ".safetensors" else (_read_pickle(path), {})
+    return _read_safetensors(path) if path.suffix == ".safetensors" else (read_pickle(path), {})
 
 
-def _read_pickle(path: Path) -> Mapping[str, Any]:
+def read_pickle(path: Path) -> Mapping[str, Any]:
+    """What a file that torch saved holds, read without executing anything; NumPy's numbers in it are stood in for.
+
+    Raises:
+        UserError: It asks for code, is damaged, or holds no dictionary.
+    """
     try:
         # timm's train.py stores its arguments as a Namespace: plain data, allowed by name
         with (
