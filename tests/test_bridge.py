@@ -37,7 +37,7 @@ from mtl_nnunet.bridge import (
     read_model,
 )
 from mtl_nnunet.bridge.geometry import from_monai
-from mtl_nnunet.bridge.traces import message_behind
+from mtl_nnunet.last_line import message_behind
 from mtl_nnunet.cases import read_with_nnunet
 from mtl_nnunet.cli.main import trainers_folder
 from mtl_nnunet.errors import UserError
@@ -620,7 +620,7 @@ def test_monais_trace_ends_in_our_message(spoil: str, message: str, bundle: Path
     done = subprocess.run([sys.executable, *command], cwd=copy, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert message in done.stderr.strip().splitlines()[-1]
-    assert done.stderr.strip().splitlines()[-1].startswith("mtl_nnunet.errors.UserError: ")
+    assert done.stderr.strip().splitlines()[-1].startswith("mtl-nnunet: ")
 
 
 class Refusing(torch.utils.data.Dataset[None]):

@@ -22,7 +22,7 @@ from torch import Tensor
 from mtl_nnunet import bundles, components
 from mtl_nnunet.cases import find_dataset_folder
 from mtl_nnunet.components.data import class_names, labelled_dataset
-from mtl_nnunet.components.last_line import user_error_behind
+from mtl_nnunet.last_line import message_behind
 from mtl_nnunet.components.plan import UNTRAINED, plane_last, read_record, record_file, record_of
 from mtl_nnunet.components.unet import encoder_strides, network_shape
 from mtl_nnunet.errors import UserError
@@ -517,8 +517,8 @@ def test_the_users_error_is_found_behind_others() -> None:
 
     with pytest.raises(RuntimeError) as raised:
         wrapped()
-    assert str(user_error_behind(raised.value)) == "what is wrong"
-    assert user_error_behind(RuntimeError("no more")) is None
+    assert message_behind(raised.value) == "what is wrong"
+    assert message_behind(RuntimeError("no more")) is None
 
 
 def test_dataloader_makes_patches_of_slices(tmp_path: Path) -> None:

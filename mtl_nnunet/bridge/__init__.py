@@ -9,7 +9,6 @@ from mtl_nnunet.bridge.components import (
 )
 from mtl_nnunet.bridge.images import images_to_predict
 from mtl_nnunet.bridge.model import TrainedModel, network_of, read_model
-from mtl_nnunet.bridge.traces import end_traces_in_our_message
 
 __all__ = [
     "NNUNetInferer",
@@ -18,7 +17,6 @@ __all__ = [
     "NNUNetSegmentationd",
     "TrainedModel",
     "bundle_of_model",
-    "end_traces_in_our_message",
     "images_to_predict",
     "network_of",
     "read_model",

@@ -18,7 +18,7 @@ TO_OTHER_SIDE = np.diag([-1.0, -1.0, 1.0, 1.0])
 def from_zyx(voxels: np.ndarray, flat: bool) -> np.ndarray:
     """A segmentation (Z, Y, X) as (X, Y, Z), or (X, Y) where the file holds one plane.
 
-    Example:
+    Examples:
         >>> from_zyx(np.zeros((1, 4, 5)), flat=True).shape, from_zyx(np.zeros((3, 4, 5)), flat=False).shape
         ((5, 4), (5, 4, 3))
     """
@@ -28,7 +28,7 @@ def from_zyx(voxels: np.ndarray, flat: bool) -> np.ndarray:
 def to_zyx(voxels: np.ndarray, flat: bool) -> np.ndarray:
     """The way back.
 
-    Example:
+    Examples:
         >>> to_zyx(np.zeros((5, 4)), flat=True).shape, to_zyx(np.zeros((5, 4, 3)), flat=False).shape
         ((1, 4, 5), (3, 4, 5))
     """
@@ -41,7 +41,7 @@ def affine_of(properties: dict[str, Any]) -> np.ndarray:
     Args:
         properties: Of nnU-Net's reader: SimpleITK's geometry, nibabel's affine, or a spacing (z, y, x) alone.
 
-    Example:
+    Examples:
         >>> geometry = {"spacing": [1, 2], "origin": [5, 6], "direction": [1, 0, 0, 1]}
         >>> affine_of({"sitk_stuff": geometry, "spacing": [999, 2, 1]})[:2].tolist()
         [[-1.0, 0.0, 0.0, -5.0], [0.0, -2.0, 0.0, -6.0]]

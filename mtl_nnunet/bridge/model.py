@@ -170,7 +170,7 @@ def weights_file(fold: str) -> str:
 def fold_names(folds: int | str | Iterable[int | str]) -> tuple[str, ...]:
     """Folds as they are given in Python or on a command line, each once, in their order.
 
-    Example:
+    Examples:
         >>> fold_names([1, "0"]), fold_names("all"), fold_names(3), fold_names("0,1")
         (('1', '0'), ('all',), ('3',), ('0', '1'))
     """

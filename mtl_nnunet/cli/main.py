@@ -61,10 +61,16 @@ def build_parser() -> argparse.ArgumentParser:
 
     bundle = commands.add_parser(
         "bundle",
-        help="copy out the MONAI bundle",
-        description="Copy the MONAI bundle into a new folder, to select, train and segment in with python -m monai.bundle run.",
+        help="make a MONAI bundle: to train in, or of a trained model",
+        description="Copy the MONAI bundle into a new folder, to select, train and segment in with python -m monai.bundle run. With -model, "
+        "make a bundle of a model that nnU-Net trained, which predicts what nnUNetv2_predict predicts.",
     )
     bundle.add_argument("name", metavar="NAME", help="folder to write")
+    bundle.add_argument(
+        "-model", metavar="FOLDER", help="a trained model: nnUNet_results/DATASET/TRAINER__PLANS__CONFIGURATION"
+    )
+    bundle.add_argument("-f", nargs="+", metavar="FOLD", help="with -model: which folds (default: all that are there)")
+    bundle.add_argument("-chk", metavar="FILE", help="with -model: which checkpoint (default: checkpoint_final.pth)")
     bundle.add_argument(
         "--overwrite", action="store_true", help="replace the shipped files of a bundle; what was trained in it stays"
     )
@@ -142,7 +148,20 @@ def sized_batches(
 
 
 def copy_bundle(args: argparse.Namespace) -> None:
-    """Copy the MONAI bundle out."""
+    """Copy the MONAI bundle out, or make one of a trained model."""
+    if args.model is not None:
+        from mtl_nnunet.bridge import bundle_of_model
+
+        chosen = {} if args.chk is None else {"checkpoint_name": args.chk}
+        made = shlex.quote(str(bundle_of_model(args.model, args.name, args.f, overwrite=args.overwrite, **chosen)))
+        print(f"written: {made}")
+        print(
+            f"next (pip install 'mtl-nnunet[monai]'):\n  cd {made}\n"
+            "  python -m monai.bundle run --config_file configs/inference.yaml --dataset_dir IMAGES --output_dir SEGMENTATIONS"
+        )
+        return
+    if args.f is not None or args.chk is not None:
+        raise UserError("-f and -chk choose among the weights of a trained model: pass -model FOLDER too.")
     from mtl_nnunet.bundles import write_bundle
 
     folder = shlex.quote(str(write_bundle(args.name, args.overwrite)))

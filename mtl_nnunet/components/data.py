@@ -132,7 +132,7 @@ def as_dictionary(case: Case) -> dict[str, Any]:
 def case_name(file: str | Path) -> str:
     """Name of the case that a file is an image of.
 
-    Example:
+    Examples:
         >>> case_name("imagesTs/hippocampus_001_0000.nii.gz"), case_name("liver.nii")
         ('hippocampus_001', 'liver')
     """

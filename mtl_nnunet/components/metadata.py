@@ -17,7 +17,7 @@ REQUIRED = ("mtl-nnunet", "nnunetv2", "timm", "safetensors", "nibabel", "pytorch
 def data_format(plan: Plan) -> dict[str, Any]:
     """``network_data_format`` of a plan's network.
 
-    Example:
+    Examples:
         >>> from mtl_nnunet.components.plan import UNTRAINED
         >>> data_format(UNTRAINED)["outputs"]["pred"]["channel_def"]
         {'0': 'background', '1': 'foreground'}

@@ -318,7 +318,7 @@ def _headers(dataset: Dataset, axis: int) -> tuple[np.ndarray, np.ndarray]:
 def plane_last(axis: int) -> tuple[int, int, int]:
     """Axes of a NIfTI volume (x, y, z) as nnU-Net orders them: its slicing axis of (z, y, x), then the others.
 
-    Example:
+    Examples:
         >>> plane_last(0), plane_last(2)
         ((2, 1, 0), (0, 2, 1))
     """

@@ -80,7 +80,7 @@ class MonaiUNet(TimmUNet):
 def encoder_strides(encoder: str, spatial_dims: int) -> list[list[int]]:
     """Strides of a U-Net with that encoder, in 3D the same along every axis.
 
-    Example:
+    Examples:
         >>> encoder_strides("test_convnext", 3)
         [[1, 1, 1], [4, 4, 4], [2, 2, 2], [2, 2, 2], [2, 2, 2]]
     """
@@ -105,7 +105,7 @@ def network_shape(
     Returns:
         The patch size rounded up to what the network can take, strides, kernel sizes.
 
-    Example:
+    Examples:
         >>> network_shape("test_convnext", (50, 60), (1, 1))[0]
         [64, 64]
     """

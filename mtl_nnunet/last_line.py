@@ -1,27 +1,33 @@
 """Importing this makes a traceback that a user's error caused end in that error's message.
 
 MONAI wraps what fails while it resolves a config into errors of its own, so that the last line names a component and not
-what is wrong. The bundle's configs import this first.
+what is wrong. The configs of our bundles import this first.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from types import TracebackType
 
 from mtl_nnunet.errors import UserError
 
+NAME = f"{UserError.__module__}.{UserError.__qualname__}"
+
 _before = sys.excepthook
 
 
-def user_error_behind(error: BaseException | None) -> UserError | None:
-    """The user's error that led to another one, or None."""
+def message_behind(error: BaseException | None) -> str | None:
+    """The message of the ``UserError`` that led to an error, in this process or in a worker; None where there was none."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
+        # a worker of a DataLoader hands its errors over as text
+        if found := re.findall(rf"^{re.escape(NAME)}: (.*)$", str(error), re.MULTILINE):
+            return str(found[-1])
         if isinstance(error, UserError):
-            return error
+            return str(error)
         seen.add(id(error))
         error = error.__cause__ or error.__context__
     return None
@@ -29,10 +35,10 @@ def user_error_behind(error: BaseException | None) -> UserError | None:
 
 def _hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     _before(kind, error, traceback)
-    behind = user_error_behind(error)
-    if behind is None:
+    message = message_behind(error)
+    if message is None:
         return
-    print(f"\nmtl-nnunet: {' '.join(str(behind).split())}", file=sys.stderr)
+    print(f"\nmtl-nnunet: {' '.join(message.split())}", file=sys.stderr)
     if not (hasattr(sys, "ps1") or sys.flags.interactive):
         # threads that are still inside a reader would take the process down, with a last line of their own
         logging.shutdown()
