@@ -37,11 +37,11 @@ from mtl_nnunet.bridge import (
     read_model,
 )
 from mtl_nnunet.bridge.geometry import from_monai
-from mtl_nnunet.last_line import message_behind
 from mtl_nnunet.cases import read_with_nnunet
 from mtl_nnunet.cli.main import trainers_folder
 from mtl_nnunet.errors import UserError
 from mtl_nnunet.files import sha256
+from mtl_nnunet.last_line import message_behind
 from mtl_nnunet.trainer import MTLTrainer
 
 CPU = torch.device("cpu")

@@ -22,11 +22,11 @@ from torch import Tensor
 from mtl_nnunet import bundles, components
 from mtl_nnunet.cases import find_dataset_folder
 from mtl_nnunet.components.data import class_names, labelled_dataset
-from mtl_nnunet.last_line import message_behind
 from mtl_nnunet.components.plan import UNTRAINED, plane_last, read_record, record_file, record_of
 from mtl_nnunet.components.unet import encoder_strides, network_shape
 from mtl_nnunet.errors import UserError
 from mtl_nnunet.files import to_json
+from mtl_nnunet.last_line import message_behind
 from mtl_nnunet.select import select_checkpoint
 from mtl_nnunet.slices import gather_slices
 from mtl_nnunet.views import scanner_view
