@@ -81,16 +81,26 @@ def head_names(model: TrainedModel) -> list[str]:
     return sorted(names, key=lambda n: int(np.ravel(model.dataset["labels"][n])[0]))
 
 
+def starts_from_selection(trainer: str) -> bool:
+    """Whether a trainer of ours loads the selected encoder; of somebody's subclass it is taken to be so."""
+    from mtl_nnunet import variants
+
+    return bool(getattr(getattr(variants, trainer, None), "load_encoder", True))
+
+
 def readme_of(model: TrainedModel, name: str, record: dict[str, Any], metadata: dict[str, Any]) -> str:
     """``docs/README.md``."""
     dice = "\n".join(f"- {k.replace('_', ' ')}: {v:.4f}" for k, v in metadata["eval_metrics"].items())
     selection = record["selection"] or {}
-    start = (
-        f"The encoder {selection['encoder']} started from {selection.get('published') or selection.get('checkpoint')} "
-        f"(SHA-256 {str(selection.get('checkpoint_sha256'))[:12]}, licence {selection.get('licence') or 'not stated'})."
-        if "encoder" in selection
-        else "It was trained by nnU-Net's own trainer, from random weights unless its owner says otherwise."
-    )
+    if "encoder" not in selection:
+        start = "It was trained by nnU-Net's own trainer, from random weights unless its owner says otherwise."
+    elif not starts_from_selection(record["trainer"]):
+        start = f"The encoder {selection['encoder']} started from random weights."
+    else:
+        start = (
+            f"The encoder {selection['encoder']} started from {selection.get('published') or selection.get('checkpoint')} "
+            f"(SHA-256 {str(selection.get('checkpoint_sha256'))[:12]}, licence {selection.get('licence') or 'not stated'})."
+        )
     names = " ".join(f"`CASE_{i:04d}{model.file_ending}` ({n})" for i, n in enumerate(model.channel_names))
     hashes = "\n".join(f"| `{file}` | `{digest}` |" for file, digest in record["files"].items())
     sources = "\n".join(
@@ -141,7 +151,11 @@ Made from
 def licence_text(selection: dict[str, Any] | None) -> str:
     """``LICENSE``: ours of the configuration; of the weights, what is known."""
     of_encoder = ""
-    if selection and (selection.get("published") or selection.get("licence")):
+    if (
+        selection
+        and starts_from_selection(selection.get("trainer", ""))
+        and (selection.get("published") or selection.get("licence"))
+    ):
         of_encoder = (
             f"The encoder started from published weights: {selection.get('published')}, licence {selection.get('licence') or 'not stated'}. "
             "Its terms may bind what was trained from it.\n"
