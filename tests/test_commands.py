@@ -189,3 +189,11 @@ def test_a_lost_dash_is_no_name_of_a_folder(command: Any, typed: list[str], caps
         command(typed)
     assert stopped.value.code == 2
     assert f"unknown option {typed[-1]}. Did you mean -{typed[-1]}?" in capsys.readouterr().err
+
+
+def test_folds_and_checkpoint_of_a_bundle_need_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for option in (["-f", "0"], ["-chk", "checkpoint_best.pth"]):
+        assert main(["bundle", str(tmp_path / "mine"), *option]) == 1
+        assert "pass -model FOLDER too" in capsys.readouterr().err
+    assert main(["bundle", str(tmp_path / "mine"), "-model", str(tmp_path)]) == 1
+    assert not (tmp_path / "mine").exists()
