@@ -291,7 +291,7 @@ def test_wrong_input_ends_in_one_clear_message(trained: Trained, tmp_path: Path)
         "unknown score 'accuracy'": run("select", **select, scores="accuracy"),
         "there are no checkpoints to choose from": run("select", dataset_dir=dataset),
         "does not fit timm encoder 'test_convnext'": run("select", **select, encoder__name="test_convnext"),
-        "Pass --overwrite to replace it": run("select", dataset_dir=dataset, checkpoints=DEMO_RUN),
+        "Pass --overwrite True to replace it": run("select", dataset_dir=dataset, checkpoints=DEMO_RUN),
         r"no such dataset folder: .*nowhere": run("train", dataset_dir=nowhere),
         "no selection in .* Run configs/select.yaml first": run("train", dataset_dir=dataset, encoder__selection=nowhere),
         "is of timm encoder 'test_resnet', not of 'convnext_tiny'": run("train", dataset_dir=dataset, encoder__name="convnext_tiny"),
@@ -440,7 +440,7 @@ def test_hippocampus_end_to_end(tmp_path: Path) -> None:
     assert main(["bundle", str(bundle)]) == 0
     commands = [
         run("select", dataset_dir=dataset, checkpoints=REAL_DATA / "pretraining" / "test_resnet", num_slices=64),
-        run("train", dataset_dir=dataset, epochs=10, val_interval=5),
+        run("train", dataset_dir=dataset, epochs=20, val_interval=10),
         run("train", "evaluate", dataset_dir=dataset),
         run("inference", dataset_dir=dataset / "imagesTr"),
     ]

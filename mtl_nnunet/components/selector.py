@@ -51,6 +51,8 @@ def select(
             "there are no checkpoints to choose from. Pass --checkpoints FOLDER of a pretraining run, or --encoder#name NAME for what "
             "timm publishes of that network."
         )
+    if Path(output).exists() and not options.get("overwrite"):
+        raise UserError(f"{output} exists already. Pass --overwrite True to replace it, or --encoder#selection FOLDER.")
     dataset = find_dataset_folder(dataset_dir)
     folder = Path(dataset_dir) if Path(dataset_dir).is_dir() else Path(dataset_dir).parent
     table = patients or (folder / PATIENTS_FILE if (folder / PATIENTS_FILE).is_file() else None)
