@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -64,7 +66,7 @@ def select(
         output=output,
         device=str(device),
         cache=ResultCache(default_folder()) if cache else None,
-        command=["python", "-m", "monai.bundle", "run", "--config_file", "configs/select.yaml"],
+        command=_command(),
         **options,
     )
     for warning in warnings_in_words(outcome.ranking, outcome.slices.num_patients):
@@ -73,3 +75,10 @@ def select(
     print("\n".join(text for text in texts if text))
     print(f"written: {output}")
     return outcome
+
+
+def _command() -> list[str]:
+    """What was typed, where MONAI's command line runs the config."""
+    program = Path(sys.argv[0])
+    is_monais = program.parts[-3:] == ("monai", "bundle", "__main__.py")
+    return ["python", "-m", "monai.bundle", *map(shlex.quote, sys.argv[1:])] if is_monais else []
