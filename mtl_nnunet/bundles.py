@@ -6,15 +6,18 @@ import shutil
 from pathlib import Path
 
 from mtl_nnunet.errors import UserError
-from mtl_nnunet.files import folder_written_atomically
+from mtl_nnunet.files import folder_written_atomically, written_atomically
 
 SHIPPED = Path(__file__).parent / "bundle"
-METADATA = Path("configs", "metadata.json")
+# no other bundle has it
+OURS = Path("configs", "select.yaml")
 MODEL = Path("models", "model.pt")
 
 
 def write_bundle(folder: str | Path, overwrite: bool = False) -> Path:
-    """Copy the bundle into a folder of its own, whole or not at all.
+    """Copy the bundle into a folder of its own.
+
+    A new folder is written whole or not at all. Over a bundle that is there each shipped file is, and nothing else is touched.
 
     Args:
         folder: Where to; its parents are made.
@@ -24,21 +27,38 @@ def write_bundle(folder: str | Path, overwrite: bool = False) -> Path:
         The folder.
 
     Raises:
-        UserError: The folder exists, is no bundle, or cannot be written.
+        UserError: The folder exists, is not this bundle, or cannot be written.
     """
     target = Path(folder)
-    if target.exists() and not overwrite:
+    if not target.exists():
+        with folder_written_atomically(target) as temporary:
+            for file, source in shipped_files().items():
+                (temporary / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, temporary / file)
+        return target
+    if not overwrite:
         raise UserError(
             f"{target} exists already. Pass --overwrite to replace the files that are shipped, or another name."
         )
-    if target.exists() and not (target / METADATA).is_file():
-        raise UserError(f"{target} is no bundle, so it is not overwritten. Pass a name that does not exist yet.")
-    with folder_written_atomically(target, overwrite) as temporary:
-        if target.exists():
-            shutil.copytree(target, temporary, dirs_exist_ok=True, symlinks=True)
-        shutil.copytree(SHIPPED, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
-        if (temporary / MODEL).is_file():
-            from mtl_nnunet.components.metadata import describe_model
+    if not (target / OURS).is_file():
+        raise UserError(
+            f"{target} is not the bundle that is trained in (it has no {OURS}), so it is not overwritten. Pass a name that does not "
+            "exist yet."
+        )
+    for file, source in shipped_files().items():
+        with written_atomically(target / file) as temporary_file:
+            shutil.copyfile(source, temporary_file)
+    if (target / MODEL).is_file():
+        from mtl_nnunet.components.metadata import describe_model
 
-            describe_model(temporary / MODEL, temporary)
+        describe_model(target / MODEL, target)
     return target
+
+
+def shipped_files() -> dict[Path, Path]:
+    """The bundle's files: where each goes below its folder, and where it lies in the package."""
+    return {
+        file.relative_to(SHIPPED): file
+        for file in sorted(SHIPPED.rglob("*"))
+        if file.is_file() and "__pycache__" not in file.parts
+    }

@@ -29,7 +29,8 @@ def message_behind(error: BaseException | None) -> str | None:
         if isinstance(error, UserError):
             return str(error)
         seen.add(id(error))
-        error = error.__cause__ or error.__context__
+        # as Python itself tells it: after "from None" what came before is no cause
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return None
 
 
@@ -39,7 +40,7 @@ def _hook(kind: type[BaseException], error: BaseException, traceback: TracebackT
     if message is None:
         return
     print(f"\nmtl-nnunet: {' '.join(message.split())}", file=sys.stderr)
-    if not (hasattr(sys, "ps1") or sys.flags.interactive):
+    if getattr(getattr(sys.modules.get("__main__"), "__spec__", None), "name", None) == "monai.bundle.__main__":
         # threads that are still inside a reader would take the process down, with a last line of their own
         logging.shutdown()
         sys.stdout.flush()

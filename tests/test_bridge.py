@@ -37,6 +37,7 @@ from mtl_nnunet.bridge import (
     read_model,
 )
 from mtl_nnunet.bridge.geometry import from_monai
+from mtl_nnunet.bundles import write_bundle
 from mtl_nnunet.cases import read_with_nnunet
 from mtl_nnunet.cli.main import trainers_folder
 from mtl_nnunet.errors import UserError
@@ -418,12 +419,12 @@ def test_heads_of_regions_are_named_in_the_networks_order(regions: Path, tmp_pat
 
 
 def test_a_bundle_holds_weights_that_are_hashed_and_safe_to_load(bundle: Path, flat: Path) -> None:
-    record = json.loads((bundle / "models" / "model.json").read_text())
+    record = json.loads((bundle / "models" / "nnunet_model.json").read_text())
     assert record["trainer"] == "MTLTrainer"
     assert record["folds"] == ["0", "1"]
     assert record["selection"]["encoder"] == "test_resnet"
     files = {str(f.relative_to(bundle / "models")) for f in (bundle / "models").rglob("*") if f.is_file()}
-    assert files == {*record["files"], "model.json"}
+    assert files == {*record["files"], "nnunet_model.json"}
     for name, digest in record["files"].items():
         assert sha256(bundle / "models" / name) == digest
     for fold in ("0", "1"):
@@ -555,14 +556,14 @@ def test_only_a_bundle_is_overwritten(flat: Path, tmp_path: Path) -> None:
     [
         ("fold_0/model.pt", "is not the file that was bundled"),
         ("plans.json", "is not the file that was bundled"),
-        ("model.json", "is damaged"),
+        ("nnunet_model.json", "is damaged"),
     ],
 )
 def test_altered_files_are_refused(name: str, message: str, bundle: Path, tmp_path: Path) -> None:
     models = copy_of(bundle, tmp_path) / "models"
     content = bytearray((models / name).read_bytes())
     content[len(content) // 2] ^= 1
-    (models / name).write_bytes(bytes(content) if name != "model.json" else b"{}")
+    (models / name).write_bytes(bytes(content) if name != "nnunet_model.json" else b"{}")
     with pytest.raises(UserError, match=message):
         read_model(models)
     (models / name).unlink()
@@ -607,6 +608,45 @@ def test_images_that_cannot_be_predicted_are_refused(place: Workplace, regions: 
         NNUNetPreprocessd("image", model)({"image": pair})
 
 
+def test_a_bundle_that_was_trained_in_and_one_of_a_model_do_not_replace_each_other(
+    flat: Path, bundle: Path, tmp_path: Path
+) -> None:
+    trained_in = write_bundle(tmp_path / "trained in")
+    (trained_in / "models").mkdir()
+    for name in ("model.pt", "model.json"):
+        (trained_in / "models" / name).write_text("mine")
+    with pytest.raises(UserError, match="is not a bundle of a model"):
+        bundle_of_model(flat, trained_in, overwrite=True)
+    assert (trained_in / "models" / "model.pt").read_text() == "mine"
+    copy = copy_of(bundle, tmp_path)
+    before = {f: f.read_bytes() for f in copy.rglob("*") if f.is_file()}
+    with pytest.raises(UserError, match="is not the bundle that is trained in"):
+        write_bundle(copy, overwrite=True)
+    assert {f: f.read_bytes() for f in copy.rglob("*") if f.is_file()} == before
+
+
+def test_an_image_is_not_replaced_by_its_segmentation(place: Workplace, bundle: Path, tmp_path: Path) -> None:
+    source = next(images_of(place, ONE).glob("*_0000.nii.gz"))
+    image = tmp_path / "images" / "scan.nii.gz"
+    image.parent.mkdir()
+    shutil.copyfile(source, image)
+    before = image.read_bytes()
+    with pytest.raises(Exception, match="would replace that image") as caught:
+        run_bundle(bundle, [str(image)], image.parent)
+    assert "would replace that image" in str(message_behind(caught.value))
+    assert image.read_bytes() == before
+
+
+def test_a_fold_that_is_a_path_is_refused(bundle: Path, tmp_path: Path) -> None:
+    copy = copy_of(bundle, tmp_path)
+    file = copy / "models" / "nnunet_model.json"
+    record = json.loads(file.read_text())
+    record["folds"] = ["0/../../elsewhere"]
+    file.write_text(json.dumps(record))
+    with pytest.raises(UserError, match="is no fold"):
+        read_model(copy / "models")
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [("weights", "is not the file that was bundled"), ("images", "expected files named CASE_0000.nii.gz")],
@@ -633,6 +673,18 @@ class Refusing(torch.utils.data.Dataset[None]):
         except UserError as error:
             # as MONAI wraps what a transform raises
             raise RuntimeError("applying transform") from error
+
+
+def test_what_was_handled_is_no_cause() -> None:
+    def replaced() -> None:
+        try:
+            raise UserError("the optional file is not there")
+        except UserError:
+            raise ValueError("the real reason") from None
+
+    with pytest.raises(ValueError, match="the real reason") as caught:
+        replaced()
+    assert message_behind(caught.value) is None
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

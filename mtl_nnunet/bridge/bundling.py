@@ -230,7 +230,11 @@ def _validation(folder: Path, folds: Iterable[str]) -> dict[str, float]:
     for fold in folds:
         file = folder / f"fold_{fold}" / "validation" / "summary.json"
         if file.is_file():
-            dice = json.loads(file.read_text(encoding="utf-8")).get("foreground_mean", {}).get("Dice")
+            try:
+                dice = json.loads(file.read_text(encoding="utf-8"))["foreground_mean"]["Dice"]
+            except (OSError, ValueError, KeyError, TypeError):
+                # what was measured is told beside the model, and is no part of it
+                continue
             # nnU-Net writes NaN where no case has any foreground
             if isinstance(dice, (int, float)) and dice == dice:
                 found[f"fold_{fold}_mean_dice"] = float(dice)

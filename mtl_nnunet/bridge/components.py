@@ -201,7 +201,7 @@ class NNUNetSaved(MapTransform):
         allow_missing_keys: Leave dictionaries without the key alone.
 
     Raises:
-        UserError: The file cannot be written.
+        UserError: The file cannot be written, or would replace the image itself.
     """
 
     def __init__(
@@ -227,6 +227,11 @@ class NNUNetSaved(MapTransform):
         properties = json.loads(segmentation.meta[PROPERTIES])
         voxels = segmentation.as_tensor()[0].cpu().numpy()
         name = f"{case}{self.model.file_ending}"
+        image = Path(str(segmentation.meta.get("filename_or_obj", "")))
+        if image.is_file() and (self.output_dir / name).exists() and (self.output_dir / name).samefile(image):
+            raise UserError(
+                f"the segmentation of {image} would replace that image. Pass --output_dir another folder, or name images CASE_0000..."
+            )
         try:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             # the writer of TIFF adds a second file

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +17,8 @@ from mtl_nnunet.checkpoints.file import read_pickle
 from mtl_nnunet.errors import UserError, listed
 from mtl_nnunet.files import sha256
 
-RECORD_FILE = "model.json"
+# not model.json, which a bundle that was trained in has
+RECORD_FILE = "nnunet_model.json"
 PLANS_FILE, DATASET_FILE = "plans.json", "dataset.json"
 # names and keys of monai.apps.nnunet's bundles
 ABOUT_FILE, WEIGHTS_FILE, WEIGHTS_KEY = "nnunet_checkpoint.pth", "model.pt", "network_weights"
@@ -199,6 +201,8 @@ def _read_record(folder: Path) -> dict[str, Any]:
         record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         dict(record["files"])
         folds = list(record["folds"])
+        if strange := [f for f in folds if not re.fullmatch(r"all|\d+", str(f))]:
+            raise ValueError(f"{strange[0]!r} is no fold")
     except FileNotFoundError:
         raise UserError(
             f"{folder} holds no model ({RECORD_FILE} is not there). Run the command in the bundle's own folder, or pass "

@@ -72,7 +72,9 @@ def build_parser() -> argparse.ArgumentParser:
     bundle.add_argument("-f", nargs="+", metavar="FOLD", help="with -model: which folds (default: all that are there)")
     bundle.add_argument("-chk", metavar="FILE", help="with -model: which checkpoint (default: checkpoint_final.pth)")
     bundle.add_argument(
-        "--overwrite", action="store_true", help="replace the shipped files of a bundle; what was trained in it stays"
+        "--overwrite",
+        action="store_true",
+        help="replace the shipped files of a bundle, while what was trained in it stays; with -model, replace the whole bundle of a model",
     )
     bundle.set_defaults(command=copy_bundle)
 
