@@ -14,7 +14,8 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 
-from packaging.requirements import Requirement
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.version import Version
 
 from mtl_nnunet import __version__
 from mtl_nnunet.errors import UserError, listed
@@ -210,7 +211,12 @@ def of_datasets() -> Iterator[Finding]:
     raw = os.environ.get("nnUNet_raw")
     if not raw or not Path(raw).is_dir():
         return
-    names = sorted(p.name for p in Path(raw).glob("Dataset[0-9][0-9][0-9]_*") if p.is_dir())
+    there = sorted(Path(raw).glob("Dataset[0-9][0-9][0-9]_*"))
+    names = [p.name for p in there if p.is_dir()]
+    for lost in (p for p in there if p.is_symlink() and not p.exists()):
+        yield Finding(
+            "datasets", PROBLEM, f"{lost} is a link to a folder that is gone", "remove it, or bring the folder back"
+        )
     if not names:
         remedy = (
             "put datasets there in nnU-Net's raw format, or score a folder of images: mtl-select-checkpoint -i FOLDER"
@@ -262,14 +268,25 @@ def _unmet() -> Iterator[Finding]:
             else:
                 yield Finding("packages", PROBLEM, f"{package} is not installed", "pip install mtl-nnunet")
             continue
-        for requirement in map(Requirement, required):
+        for line in required:
+            try:
+                requirement = Requirement(line)
+            except InvalidRequirement:
+                # of another package, and no reason to keep the rest back
+                continue
             if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
                 continue
             version = _version(requirement.name)
-            if version is None or not requirement.specifier.contains(version, prereleases=True):
+            if version is None or not _meets(version, requirement):
                 there = "is not installed" if version is None else f"is {version}"
                 wants = f"{requirement.name}{requirement.specifier}"
                 yield Finding("packages", PROBLEM, f"{package} needs {wants}, and it {there}", f"pip install '{wants}'")
+
+
+def _meets(version: str, requirement: Requirement) -> bool:
+    # a vendor's own build of 2.6.0a0 holds what 2.6 does
+    builds = [version, Version(version).base_version] if "+" in version else [version]
+    return any(requirement.specifier.contains(build, prereleases=True) for build in builds)
 
 
 def _version(package: str) -> str | None:

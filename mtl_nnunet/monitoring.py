@@ -40,7 +40,7 @@ from mtl_nnunet.stopping import Advice, StopRule, decide
 
 FORMAT = "mtl-nnunet watch 1"
 # of torchrun, Lightning, SLURM and jsrun, in the order in which Lightning asks
-RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 SETTINGS_FILE, HISTORY_FILE, CURVE_FILE, STOP_FILE = "watch.json", "history.jsonl", "curve.png", "STOP"
 RESULTS_FOLDER, LOCK_FILE = "results", "lock"
 # where a description of what decides a score goes by another name on the command line
@@ -249,10 +249,12 @@ class Monitor:
         Raises:
             UserError: None was scored yet, or the rule cannot be applied to them.
         """
+        self.open()
         return self._decided(self.history)
 
     def ranking(self) -> Ranking:
         """The first score of the checkpoints so far, in the order of ``history``, with the one to start from as the choice."""
+        self.open()
         first = self.scores[0]
         candidates = [*(s.as_checkpoint for s in self.history), None]
         results = [self._results[s.content_key, first.text] for s in self.history]
@@ -478,7 +480,11 @@ def undisturbed() -> Iterator[None]:
 
 
 def _is_first_process() -> bool:
-    """By what launchers put into the environment before there is a process group, as Lightning tells it."""
+    """By the process group, else by what launchers put into the environment before there is one, as Lightning tells it."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
     ranks = (os.environ.get(name) for name in RANKS)
     return next((rank for rank in ranks if rank), "0") == "0"
 

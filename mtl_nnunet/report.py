@@ -172,7 +172,8 @@ def warnings_in_words(ranking: Ranking, num_patients: int) -> list[str]:
             "No earlier checkpoint is known to be good enough by the non-inferiority rule: the last one is taken."
         )
     published = chosen.checkpoint.published if chosen.checkpoint else None
-    if published is not None and ranking.rule.name == "best" and len(ranking.checkpoints) > 1:
+    are_published = any(c.checkpoint is not None and c.checkpoint.published is not None for c in ranking.checkpoints)
+    if are_published and ranking.rule.name == "best" and len(ranking.checkpoints) > 1:
         warnings.append(
             "How well a score chooses among published weights of one network has not been measured: take it as a hint "
             "(docs/evidence.md)."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from mtl_nnunet.cases import Dataset, find_image_folder, find_nnunet_dataset, wi
 from mtl_nnunet.checkpoints import Checkpoint, architecture_of, find_checkpoints, runs_of
 from mtl_nnunet.chooser import read_chooser
 from mtl_nnunet.decision import Rule, default_rule, parse_rule
-from mtl_nnunet.errors import UserError, listed
+from mtl_nnunet.errors import AssumedWarning, UserError, listed
 from mtl_nnunet.racing import race_checkpoints
 from mtl_nnunet.ranking import Ranking, rank_checkpoints
 from mtl_nnunet.scores import LABELLED, Score, parse_scores
@@ -116,7 +117,15 @@ def select_checkpoint(
         refuse_foreign_folder(output, overwrite)
     found = _found_checkpoints(checkpoints, weights)
     if rule is None:
-        rule = default_rule([c.epoch for c in found], [c.step for c in found], len(runs_of(found)))
+        runs = runs_of(found)
+        rule = default_rule([c.epoch for c in found], [c.step for c in found], len(runs))
+        if len(runs) > 1:
+            warnings.warn(
+                f"the checkpoints are taken as of {len(runs)} runs ({listed([str(r) for r in runs])}), among which the best score chooses. If "
+                "they are of one, put them into one folder and pass that.",
+                AssumedWarning,
+                stacklevel=2,
+            )
     if chooser is not None:
         if rule.name != "expected-loss":
             raise UserError(

@@ -183,7 +183,9 @@ def read_selection(folder: str | Path) -> Selection:
             weights=chosen.get("weights", "default"),
             **_provenance(chosen.get("published")),
         )
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error!r}). Run mtl-select-checkpoint again with --overwrite.") from error
     encoder = folder / ENCODER_FILE
     if not encoder.is_file():

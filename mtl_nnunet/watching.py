@@ -104,6 +104,8 @@ def watch(
     name = hashlib.sha256(f"{run.resolve()}\n{monitor.dataset}".encode()).hexdigest()[:16]
     lock = Path(tempfile.gettempdir()) / f"mtl-nnunet-watch-{os.getuid()}-{name}.lock"
     with locked(lock, f"a watcher of {run} for {monitor.dataset}"), monitor:
+        # a watch is no process of a training, whatever its environment says
+        monitor.open()
         stopped = monitor.folder / STOP_FILE
         if stopped.exists():
             say(

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from timm.utils import CheckpointSaver
 
-from mtl_nnunet.checkpoints import find_checkpoints, read_contents
+from mtl_nnunet.checkpoints import Checkpoint, find_checkpoints, read_contents, runs_of, span_of_run
 from mtl_nnunet.errors import UserError
 
 
@@ -184,3 +184,52 @@ def test_whole_pickled_module_is_refused_with_advice(tmp_path: Path, model: torc
     torch.save(model, tmp_path / "model.pth")
     with pytest.raises(UserError, match="Save it again as a plain state dict"):
         read_contents(tmp_path / "model.pth")
+
+
+def told(file: str, epoch: int, planned: int | None = None, kind: str = "state dict") -> Checkpoint:
+    return Checkpoint(Path(file), epoch, None, kind, planned_epochs=planned)
+
+
+@pytest.mark.parametrize(
+    ("checkpoints", "span"),
+    [
+        # whole, and counted from 0 though nothing says so
+        ([told("a.pth", 20, 80), told("b.pth", 79, 80)], (0, 79)),
+        ([told("a.pth", 20, 80), told("b.pth", 80, 80)], (1, 80)),
+        ([told("a.pth", 20, 80), told("b.pth", 40, 80)], (1, 80)),
+        ([told("a.pth", 40, 200, "MoCo"), told("b.pth", 199, 200, "MoCo")], (0, 199)),
+        # Hugging Face counts from 1: one epoch is missing
+        ([told("a", 79, 80, "Hugging Face Trainer")], (1, 80)),
+        # resumed with a longer plan; an average beside them that states none
+        ([told("a.pth", 9, 20), told("b.pth", 24, 60), told("c.pth", 26)], (1, 60)),
+        # runs of their own, each annealed
+        ([told("a.pth", 4, 4), told("b.pth", 16, 16)], (1, 16)),
+        ([told("a.pth", 40, 30)], (1, 40)),
+    ],
+)
+def test_how_long_a_run_is(checkpoints: list[Checkpoint], span: tuple[int, int]) -> None:
+    assert span_of_run(checkpoints) == span
+    assert span_of_run(checkpoints[::-1]) == span
+
+
+def test_one_folder_under_two_names_is_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to("run")
+    monkeypatch.chdir(tmp_path)
+    same = [
+        told("run/1.pth", 1),
+        told(str(tmp_path / "run/2.pth"), 2),
+        told("link/3.pth", 3),
+        told("run/../run/4.pth", 4),
+    ]
+    assert runs_of(same) == (tmp_path / "run",)
+
+
+def test_the_ends_of_runs_are_not_one_run(tmp_path: Path) -> None:
+    ends = [tmp_path / "a" / "99.pth", tmp_path / "b" / "299.pth"]
+    assert len(runs_of([told(str(ends[0]), 99, 100), told(str(ends[1]), 299, 300)])) == 2
+    alike = [told(str(ends[0]), 99, 300), told(str(ends[1]), 299, 300)]
+    assert len(runs_of(alike)) == 1
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "args.yaml").touch()
+    assert len(runs_of(alike)) == 2

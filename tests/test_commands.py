@@ -181,6 +181,8 @@ def test_plans_command_writes_a_file_of_another_name(make_dataset, capsys: pytes
         (select, ["-d", "1", "-ckpt", "x", "-overwrite"]),
         (watch, ["-d", "1", "-run", "x", "-o", "y", "-once"]),
         (main, ["plans", "-d", "1", "-o", "mine", "-overwrite"]),
+        (main, ["plans", "-d", "1", "-o", "mine", "-overwrit"]),
+        (main, ["plans", "-d", "1", "-o", "mine", "-overwrite=1"]),
     ],
 )
 def test_a_lost_dash_is_no_name_of_a_folder(command: Any, typed: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,7 +190,21 @@ def test_a_lost_dash_is_no_name_of_a_folder(command: Any, typed: list[str], caps
     with pytest.raises(SystemExit) as stopped:
         command(typed)
     assert stopped.value.code == 2
-    assert f"unknown option {typed[-1]}. Did you mean -{typed[-1]}?" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"unknown option {typed[-1].partition('=')[0]}. Did you mean --" in said
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["-d", "1", "-run", "run", "-o", "w", "-rule", "patience"],
+        ["-d", "1", "-run", "labels", "-o", "once", "-num_sl", "3"],
+        ["-i", "i", "-run", "weights", "-o", "overwrite"],
+    ],
+)
+def test_words_that_are_called_like_options_are_words(typed: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert watch(typed) == 1
+    assert "unknown option" not in capsys.readouterr().err
 
 
 def test_folds_and_checkpoint_of_a_bundle_need_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

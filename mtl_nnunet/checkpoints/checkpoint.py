@@ -14,6 +14,10 @@ from mtl_nnunet.files import sha256
 WHICH_WEIGHTS = ("default", "ema", "trained")
 # names that every checkpoint of a run shares: the folder's name tells them apart
 NAMES_IN_FOLDERS = ("model.safetensors", "pytorch_model.bin")
+# folders of one checkpoint of a run, by name
+OF_ONE_CHECKPOINT = re.compile(
+    r"(?:^|[-_])\d+$|^(?:epoch|step|iter|checkpoint|ckpt)|best|last|final|latest", re.IGNORECASE
+)
 
 # as the Hub and timm write them; nothing stated, or a name that names nothing, is not a licence
 FREE_LICENCES = (
@@ -52,8 +56,8 @@ class Published:
             >>> [Published("timm:a", "timm/a", None, x).caution for x in ("cc-by-nc-4.0", "seer-license", "mit", None)]
             ['forbids commercial use', 'has terms of its own, to be read before any commercial use', None, None]
         """
-        name = (self.licence or "").lower()
-        if re.search(r"(?:^|-)nc(?:-|$)|non-?commercial", name) or name in RESEARCH_ONLY:
+        name = re.sub(r"[\s_]+", "-", (self.licence or "").strip().lower())
+        if re.search(r"(?:^|-)nc(?![a-z])|non-?commercial", name) or name in RESEARCH_ONLY:
             return "forbids commercial use"
         return None if name in FREE_LICENCES else "has terms of its own, to be read before any commercial use"
 
@@ -115,10 +119,12 @@ def run_folder(path: Path) -> Path:
     """The folder of the run that wrote a checkpoint file.
 
     Examples:
-        >>> [str(run_folder(Path(p))) for p in ("run/epoch_1.pth", "run/checkpoint-500/model.safetensors")]
-        ['run', 'run']
+        >>> files = "run/epoch_1.pth", "run/checkpoint-500/model.safetensors", "run/final/model.safetensors", "run/model.safetensors"
+        >>> [str(run_folder(Path(f))) for f in files]
+        ['run', 'run', 'run', 'run']
     """
-    return path.parent.parent if path.name in NAMES_IN_FOLDERS else path.parent
+    in_a_folder = path.name in NAMES_IN_FOLDERS and OF_ONE_CHECKPOINT.search(path.parent.name)
+    return path.parent.parent if in_a_folder else path.parent
 
 
 def ages(checkpoints: Sequence[Checkpoint | None]) -> list[int | None]:

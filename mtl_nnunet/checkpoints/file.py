@@ -52,6 +52,7 @@ TORCHVISION_NAMES = {
     "swin_v2_b": "swinv2_base_window8_256",
 }
 # where runs write how many epochs they are to have
+CYCLIC = ("cosine", "tanh", "poly")
 EPOCHS_KEYS = ("epochs", "max_epochs", "num_train_epochs", "num_epochs")
 # where runs write the name of their network
 ARCHITECTURE_KEYS = ("arch", "model", "architecture", "model_name", "backbone", "encoder", "network", "encoder_name")
@@ -168,13 +169,20 @@ def planned_epochs_in(settings: Any) -> int | None:
     Examples:
         >>> [planned_epochs_in(s) for s in ({"epochs": 300, "cooldown_epochs": 10}, {"max_epochs": -1}, {"num_train_epochs": 3.0})]
         [310, None, 3]
+        >>> of_timm = {"epochs": 100, "cooldown_epochs": 10, "warmup_epochs": 5, "lr_cycle_limit": 2, "lr_cycle_mul": 1.0}
+        >>> [planned_epochs_in({**of_timm, **s}) for s in ({"sched": "step"}, {"sched": "cosine"}, {"sched": "poly", "warmup_prefix": True})]
+        [100, 210, 215]
     """
     said = settings if isinstance(settings, Mapping) else getattr(settings, "__dict__", {})
     stated = (said.get(key) for key in EPOCHS_KEYS)
     whole = (int(n) if isinstance(n, float) and n.is_integer() else n for n in stated)
     number = next((n for n in map(_whole_number, whole) if n), None)
-    # timm's schedules end with these, on top of the epochs
-    return None if number is None else number + (_whole_number(said.get("cooldown_epochs")) or 0)
+    if number is None or said.get("sched", CYCLIC[0]) not in CYCLIC:
+        return number
+    # timm's cyclic schedules are as many epochs for each cycle, and end with these on top
+    cycles = _whole_number(said.get("lr_cycle_limit")) if said.get("lr_cycle_mul", 1.0) == 1 else None
+    prefix = _whole_number(said.get("warmup_epochs")) if said.get("warmup_prefix") is True else None
+    return number * (cycles or 1) + (prefix or 0) + (_whole_number(said.get("cooldown_epochs")) or 0)
 
 
 class _Inert:

@@ -9,8 +9,9 @@ from pathlib import Path
 from mtl_nnunet.checkpoints.checkpoint import Checkpoint
 
 # formats whose code counts epochs from 0
-FROM_ZERO = ("timm train.py", "torchvision references", "Lightning")
+FROM_ZERO = ("timm train.py", "torchvision references", "Lightning", "MoCo", "teacher and student")
 FROM_ONE = ("Hugging Face Trainer",)
+OF_A_RUN = ("args.yaml", "hparams.yaml", "summary.csv", "metrics.csv", "log.txt")
 
 
 def first_epoch(kinds: Collection[str], epochs: Sequence[int], planned: int | None) -> int:
@@ -31,7 +32,8 @@ def first_epoch(kinds: Collection[str], epochs: Sequence[int], planned: int | No
 def span_of_run(checkpoints: Sequence[Checkpoint]) -> tuple[int, int] | None:
     """The first and the last epoch of the run of these checkpoints, as it counts; the last as planned, or the latest where no plan is known.
 
-    Checkpoints that state different plans, such as runs of their own that were each annealed, have no plan in common.
+    The plan is that of the latest checkpoint that states one: a run that was resumed may have been prolonged, and of runs that were
+    each annealed the latest is the longest.
 
     Returns:
         None where no checkpoint states its epoch.
@@ -41,28 +43,40 @@ def span_of_run(checkpoints: Sequence[Checkpoint]) -> tuple[int, int] | None:
         >>> span_of_run(files), span_of_run([])
         ((0, 299), None)
     """
-    epochs = [c.epoch for c in checkpoints if c.epoch is not None]
-    if not epochs:
+    dated = sorted(((c.epoch, c) for c in checkpoints if c.epoch is not None), key=lambda pair: pair[0])
+    if not dated:
         return None
-    plans = {c.planned_epochs for c in checkpoints}
-    planned = plans.pop() if len(plans) == 1 else None
-    first = first_epoch({c.kind for c in checkpoints}, epochs, planned)
-    return first, max(epochs) if planned is None else max(*epochs, planned - 1 + first)
+    epochs = [epoch for epoch, _ in dated]
+    planned = next((c.planned_epochs for _, c in reversed(dated) if c.planned_epochs is not None), None)
+    kinds = {c.kind for c in checkpoints}
+    first = first_epoch(kinds, epochs, planned)
+    if planned is None:
+        return first, epochs[-1]
+    if epochs[-1] == planned - 1 and not kinds & set(FROM_ONE):
+        # one epoch short is a run that counts from 0 and is whole, and hardly ever one that was cut short there
+        first = 0
+    return first, max(epochs[-1], planned - 1 + first)
 
 
 def runs_of(checkpoints: Sequence[Checkpoint]) -> tuple[Path, ...]:
-    """Folders of the runs that checkpoints are of; those that each have a folder of their own beside the others' are one run's.
+    """Folders of the runs that checkpoints are of.
 
-    Published weights are of none.
+    Those that each have a folder of their own beside the others' are one run's, unless their plans differ or the folders hold what only
+    a run has. Published weights are of none.
 
     Examples:
         >>> def runs(*files):
-        ...     return [str(p) for p in runs_of([Checkpoint(Path(f), i, None, "state dict") for i, f in enumerate(files)])]
+        ...     found = runs_of([Checkpoint(Path("/none", f), i, None, "state dict") for i, f in enumerate(files)])
+        ...     return [str(p.relative_to("/none")) for p in found]
         >>> runs("a/1.pth", "a/2.pth", "b/3.pth"), runs("a/epoch_1/net.pth", "a/epoch_2/net.pth"), runs("a/1/net.pth", "b/2/net.pth")
         (['a', 'b'], ['a'], ['a/1', 'b/2'])
     """
-    folders = Counter(c.run for c in checkpoints if c.published is None)
+    # one folder may be named in several ways
+    own = [(c.run.resolve(), c) for c in checkpoints if c.published is None]
+    folders = Counter(folder for folder, _ in own)
     above = {folder.parent for folder in folders}
-    if len(folders) > 1 and set(folders.values()) == {1} and len(above) == 1:
+    plans = {c.planned_epochs for _, c in own}
+    one_each = len(folders) > 1 and set(folders.values()) == {1} and len(above) == 1 and len(plans) == 1
+    if one_each and not any((folder / name).is_file() for folder in folders for name in OF_A_RUN):
         return tuple(above)
     return tuple(folders)

@@ -60,8 +60,13 @@ def _refuse_lost_dash(parser: argparse.ArgumentParser, argv: Sequence[str]) -> N
     for word in argv:
         if word == "--":
             return
-        if word not in known and f"-{word}" in known:
-            parser.error(f"unknown option {word}. Did you mean -{word}?")
+        name = word.partition("=")[0]
+        if not re.match(r"-[a-z]{3}", name) or any(option.startswith(name) for option in known):
+            continue
+        # argparse takes the beginning of a long option too
+        meant = sorted(option for option in known if option.startswith(f"-{name}"))
+        if meant:
+            parser.error(f"unknown option {name}. Did you mean {meant[0]}?")
 
 
 def _options(parser: argparse.ArgumentParser) -> Iterator[str]:

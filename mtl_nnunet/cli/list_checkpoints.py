@@ -83,13 +83,17 @@ def published_text(checkpoints: list[Any]) -> str:
     """Published weights as a table."""
     marks = dict(zip(sorted({c.published.caution for c in checkpoints if c.published.caution}), "*+", strict=False))
     width = max(len(c.published.name) for c in checkpoints) + 2
-    lines = [f"{'weights':<{width}}{'epochs':>7}  {'licence':<17}{'cached':<8}recipe"]
-    for c in checkpoints:
+    licences = [
+        (c.published.licence or "not stated") + (marks[c.published.caution] if c.published.caution else "")
+        for c in checkpoints
+    ]
+    wide = max(12, *map(len, licences)) + 2
+    lines = [f"{'weights':<{width}}{'epochs':>7}  {'licence':<{wide}}{'cached':<8}recipe"]
+    for c, licence in zip(checkpoints, licences, strict=True):
         about = c.published
-        licence = (about.licence or "not stated") + (marks[about.caution] if about.caution else "")
         cached = "yes" if c.path.is_file() else "no"
         lines.append(
-            f"{about.name:<{width}}{about.epochs or '-':>7}  {licence:<17}{cached:<8}{about.recipe or 'see its model card'}"
+            f"{about.name:<{width}}{about.epochs or '-':>7}  {licence:<{wide}}{cached:<8}{about.recipe or 'see its model card'}"
         )
     lines += [f"{mark} {caution}" for caution, mark in marks.items()]
     return "\n".join(lines)
