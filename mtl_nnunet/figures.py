@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
@@ -14,6 +13,7 @@ import numpy as np
 
 from mtl_nnunet.budget import budgets_of
 from mtl_nnunet.checkpoints import ages
+from mtl_nnunet.pictures import Tile
 from mtl_nnunet.ranking import RankedCheckpoint, Ranking
 
 if TYPE_CHECKING:
@@ -36,23 +36,6 @@ PAGE_COLOURS = {
 WIDTH = 5.6
 LONGEST_NAME = 34
 SVG = "http://www.w3.org/2000/svg"
-
-
-@dataclass(frozen=True)
-class Tile:
-    """A picture of a slice or of one of its views.
-
-    Attributes:
-        caption: What it is.
-        pixels: Shape (H, W) or (H, W, 3), uint8.
-        edges: Which side of the patient lies at the top, bottom, left and right, a letter each; empty where that is not known.
-        frame: Where the image itself ends and its mirror image begins: top, left, height and width as shares of the picture.
-    """
-
-    caption: str
-    pixels: np.ndarray
-    edges: str = ""
-    frame: tuple[float, float, float, float] | None = None
 
 
 def draw_ranking(ranking: Ranking, dataset: str) -> Figure:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,6 @@ import numpy as np
 
 from mtl_nnunet.cases import Dataset, orientation
 from mtl_nnunet.figures import (
-    Tile,
     draw_expected_loss,
     draw_levels,
     draw_ranking,
@@ -22,25 +21,17 @@ from mtl_nnunet.figures import (
     write_figure,
 )
 from mtl_nnunet.files import write_text
+from mtl_nnunet.pictures import are_colours, sample_pictures, shown_ranges, values_looked_at
 from mtl_nnunet.ranking import Ranking
 from mtl_nnunet.report import budget_text, comparison_text, names_of, notes_of, verdict_text
 from mtl_nnunet.slices import Slices
-from mtl_nnunet.views import views_of_some
 
 if TYPE_CHECKING:
     from markupsafe import Markup
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
-NUM_SAMPLES = 4
-# beyond these a page grows heavy, and nothing more is seen
-LONGEST_SIDE, MOST_CHANNELS, MOST_VIEWS = 256, 4, 3
-# values that are looked at for percentiles: every k-th row and column of larger slices
-MOST_VALUES = 4_000_000
-SHOWN_RANGE = (0.5, 99.5)
-OPPOSITE = {"L": "R", "R": "L", "A": "P", "P": "A", "S": "I", "I": "S"}
 SIDES = {"L": "left", "R": "right", "A": "front", "P": "back", "S": "head", "I": "feet"}
 PLANES = {"L": "sagittal", "R": "sagittal", "A": "coronal", "P": "coronal", "S": "axial", "I": "axial"}
-CLASSES = ((242, 177, 52), (47, 127, 193), (200, 71, 43), (76, 159, 112), (141, 95, 176))
 
 
 @dataclass(frozen=True)
@@ -62,22 +53,6 @@ class Cost:
     all_forwards: int
     raced: bool
     device: str
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A slice that is shown: where it is from, which way up, and what the encoder was given of it."""
-
-    case: str
-    patient: str
-    position: int
-    why: str
-    orientation: str | None
-    tiles: tuple[Tile, ...]
-    mean: float
-    std: float
-    low: float
-    high: float
 
 
 def write_report(
@@ -104,7 +79,7 @@ def write_report(
     """
     ranking = rankings[0]
     orientations = _orientations(dataset, slices)
-    samples = _samples(ranking, slices, orientations, content["seed"])
+    samples = sample_pictures(slices, ranking.score, dataset.channel_names, orientations, content["seed"])
     drawn = {
         "ranking": draw_ranking(ranking, dataset.name),
         "expected_loss": draw_expected_loss(ranking),
@@ -114,7 +89,8 @@ def write_report(
         name: None if figure is None else _in_page(write_figure(figure, folder, name), name, ranking)
         for name, figure in drawn.items()
     }
-    write_figure(draw_slices([(f"{s.case}, slice {s.position}", s.tiles) for s in samples]), folder, "slices")
+    pictures = [(f"{s.case}, slice {s.position}", row) for s in samples for row in s.rows]
+    write_figure(draw_slices(pictures), folder, "slices")
     told = ranking.expectation
     text = _template().render(
         content=content,
@@ -129,7 +105,8 @@ def write_report(
         others=list(zip(names_of(rankings[1:]), rankings[1:], strict=True)),
         figures=figures,
         samples=samples,
-        shown=_shown_ranges(slices),
+        shown=shown_ranges(slices),
+        in_colour=are_colours(dataset.channel_names),
         channels=_channels(dataset, slices),
         spacings=_ranges([c.spacing for c in slices.used]),
         plane=_plane(slices, orientations),
@@ -222,142 +199,6 @@ def _plane(slices: Slices, orientations: dict[str, str | None]) -> str | None:
     return planes.pop() if len(planes) == 1 else None
 
 
-def edges_of(axis: int, orientation: str | None) -> str:
-    """Which side of the patient lies at the top, bottom, left and right of a slice.
-
-    Args:
-        axis: Slicing axis of (z, y, x); the others are rows and columns, in this order, rows downwards.
-        orientation: Where x, y and z point to.
-
-    Example:
-        >>> edges_of(0, "LPS"), edges_of(2, "RAS"), edges_of(0, None)
-        ('APRL', 'ISPA', '')
-    """
-    if orientation is None:
-        return ""
-    rows, columns = (orientation[2 - i] for i in range(3) if i != axis)
-    return f"{OPPOSITE[rows]}{rows}{OPPOSITE[columns]}{columns}"
-
-
-def _frame(plane: tuple[int, int], size: Sequence[int]) -> tuple[float, float, float, float] | None:
-    (top, height), (left, width) = (
-        (max(0, (whole - own) // 2) / whole, min(own, whole) / whole) for own, whole in zip(plane, size, strict=True)
-    )
-    return None if height == width == 1 else (top, left, height, width)
-
-
-def _samples(ranking: Ranking, slices: Slices, orientations: dict[str, str | None], seed: int) -> list[Sample]:
-    score = ranking.score
-    places = _shown_places(slices)
-    num_views = min(score.num_views, MOST_VIEWS) if score.views != "plain" else 0
-    views = (
-        views_of_some(slices.images, list(places), score.views, num_views, seed, score.strength).numpy()
-        if num_views
-        else None
-    )
-    ranges = _shown_ranges(slices)
-    used = {c.name: c for c in slices.used}
-    samples = []
-    for k, (place, why) in enumerate(places.items()):
-        image, case = slices.images[place].numpy(), used[slices.cases[place]]
-        edges = edges_of(slices.axis, orientations[case.name])
-        frame = _frame(case.plane, image.shape[1:])
-        tiles = [replace(t, edges=edges, frame=frame) for t in _tiles("slice", image, ranges, slices)]
-        if slices.labels is not None:
-            tiles.append(_labelled(tiles[0], slices.labels[place].numpy()))
-        for v in range(num_views):
-            assert views is not None
-            tiles += _tiles(f"view {v + 1}", views[v, k], ranges, slices)
-        samples.append(
-            Sample(
-                case.name,
-                case.patient,
-                slices.positions[place],
-                why,
-                orientations[case.name],
-                tuple(tiles),
-                float(image.mean()),
-                float(image.std()),
-                float(image.min()),
-                float(image.max()),
-            )
-        )
-    return samples
-
-
-def _shown_places(slices: Slices) -> dict[int, str]:
-    """Middle slices of cases spread over all, and the slice least like the others, with why each is shown."""
-    by_case: dict[str, list[int]] = {}
-    for i, case in enumerate(slices.cases):
-        by_case.setdefault(case, []).append(i)
-    owners = list(by_case.values())
-    flat = slices.images.flatten(1)
-    moments = np.stack([flat.mean(1).numpy(), flat.std(1).numpy()])
-    away = np.abs(moments - np.median(moments, axis=1, keepdims=True))
-    # in units of what is usual, so that neither of the two decides alone
-    away /= np.maximum(np.median(away, axis=1, keepdims=True), np.finfo(np.float32).tiny)
-    unusual = int(away.max(0).argmax())
-    spread = np.unique(np.linspace(0, len(owners) - 1, NUM_SAMPLES - 1).round().astype(int))
-    places = {owners[i][len(owners[i]) // 2]: "from the middle of what was read of its case" for i in spread}
-    places.pop(unusual, None)
-    return {**places, unusual: "the one whose mean and deviation are least like those of the others"}
-
-
-def _is_colour(slices: Slices) -> bool:
-    return slices.images.shape[1] == 3 and set(slices.normalization) == {"RGBTo01Normalization"}
-
-
-def _shown_ranges(slices: Slices) -> list[tuple[float, float]]:
-    """What is black and what is white, the same in every picture of a channel."""
-    if _is_colour(slices):
-        return [(0.0, 1.0)] * 3
-    found = []
-    for values in _looked_at(slices):
-        low, high = (float(v) for v in np.percentile(values, SHOWN_RANGE))
-        found.append((low, high if high > low else low + 1))
-    return found
-
-
-def _looked_at(slices: Slices) -> list[np.ndarray]:
-    images = slices.images.numpy()
-    step = int(np.ceil(np.sqrt(images[:, 0].size / MOST_VALUES)))
-    return [images[:, c, ::step, ::step].ravel() for c in range(images.shape[1])]
-
-
-def _tiles(what: str, image: np.ndarray, ranges: Sequence[tuple[float, float]], slices: Slices) -> list[Tile]:
-    grey = [
-        (np.clip((channel - low) / (high - low), 0, 1) * 255).round().astype(np.uint8)
-        for channel, (low, high) in zip(image, ranges, strict=True)
-    ]
-    if _is_colour(slices):
-        return [Tile(what, _fitted(np.stack(grey, axis=-1)))]
-    shown = grey[:MOST_CHANNELS]
-    return [Tile(what if len(grey) == 1 else f"{what}, channel {c}", _fitted(g)) for c, g in enumerate(shown)]
-
-
-def _labelled(tile: Tile, labels: np.ndarray) -> Tile:
-    from PIL import Image
-
-    height, width = tile.pixels.shape[:2]
-    colours = np.zeros((*labels.shape, 3), dtype=np.uint8)
-    for value in np.unique(labels[labels > 0]):
-        colours[labels == value] = CLASSES[(int(value) - 1) % len(CLASSES)]
-    small = np.asarray(Image.fromarray(colours).resize((width, height), Image.Resampling.NEAREST))
-    ground = tile.pixels if tile.pixels.ndim == 3 else np.repeat(tile.pixels[..., None], 3, axis=2)
-    mixed = np.where(small.any(-1, keepdims=True), 0.5 * ground + 0.5 * small, ground)
-    return Tile("with label", mixed.round().astype(np.uint8))
-
-
-def _fitted(pixels: np.ndarray) -> np.ndarray:
-    from PIL import Image
-
-    height, width = pixels.shape[:2]
-    shrunk = LONGEST_SIDE / max(height, width)
-    if shrunk >= 1:
-        return pixels
-    return np.asarray(Image.fromarray(pixels).resize((round(width * shrunk), round(height * shrunk))))
-
-
 def _image(pixels: np.ndarray) -> str:
     """Pixels as an address that holds the image itself."""
     from PIL import Image
@@ -370,7 +211,7 @@ def _image(pixels: np.ndarray) -> str:
 def _channels(dataset: Dataset, slices: Slices) -> list[dict[str, Any]]:
     found = []
     for c, (name, scheme, values) in enumerate(
-        zip(dataset.channel_names, slices.normalization, _looked_at(slices), strict=True)
+        zip(dataset.channel_names, slices.normalization, values_looked_at(slices), strict=True)
     ):
         of_file = slices.intensities.get(str(c))
         low, middle, high = (float(v) for v in np.percentile(values, (0.5, 50, 99.5)))
