@@ -13,6 +13,7 @@ import numpy as np
 
 from mtl_nnunet.cases import Dataset, orientation
 from mtl_nnunet.figures import (
+    FAST,
     draw_expected_loss,
     draw_levels,
     draw_ranking,
@@ -21,7 +22,7 @@ from mtl_nnunet.figures import (
     write_figure,
 )
 from mtl_nnunet.files import write_text
-from mtl_nnunet.pictures import are_colours, sample_pictures, shown_ranges, values_looked_at
+from mtl_nnunet.pictures import LONGEST_SIDE, are_colours, sample_pictures, shown_ranges, values_looked_at
 from mtl_nnunet.ranking import Ranking
 from mtl_nnunet.report import budget_text, comparison_text, names_of, notes_of, verdict_text
 from mtl_nnunet.slices import Slices
@@ -118,6 +119,7 @@ def write_report(
         cost=cost,
         files=sorted(f.name for f in folder.iterdir()),
         image=_image,
+        shrunk=max(slices.images.shape[2:]) > LONGEST_SIDE,
         sides=SIDES,
         planes=[(min(c.plane[i] for c in slices.used), max(c.plane[i] for c in slices.used)) for i in (0, 1)],
     )
@@ -204,7 +206,7 @@ def _image(pixels: np.ndarray) -> str:
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG")
+    Image.fromarray(pixels).save(buffer, format="PNG", **FAST)
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 

@@ -13,9 +13,9 @@ from mtl_nnunet.views import views_of_some
 
 NUM_SAMPLES = 4
 # beyond these a page grows heavy, and nothing more is seen
-LONGEST_SIDE, MOST_CHANNELS, MOST_VIEWS = 256, 4, 3
+LONGEST_SIDE, MOST_CHANNELS, MOST_VIEWS = 192, 4, 3
 # values that are looked at for percentiles: every k-th row and column of larger slices
-MOST_VALUES = 4_000_000
+MOST_VALUES = 500_000
 SHOWN_RANGE = (0.5, 99.5)
 OPPOSITE = {"L": "R", "R": "L", "A": "P", "P": "A", "S": "I", "I": "S"}
 # nnU-Net takes the last for all three; others name each
