@@ -218,7 +218,7 @@ def test_nothing_that_is_named_outside_becomes_markup(nnunet_folders: Path, tmp_
     names = [f"{HOSTILE}{letter}.pth.tar" for letter in "ab"]
     for name, epoch in zip(names, (3, 39), strict=True):
         shutil.copy(DEMO_RUN / f"checkpoint-{epoch}.pth.tar", run / name)
-    found = [replace(c, epoch=None, logged_accuracy=None) for c in find_checkpoints([run / n for n in names])]
+    found = [replace(c, epoch=None, logged_accuracy=None) for n in names for c in find_checkpoints([run / n])]
     page = selected(tmp_path / "chosen", f"Dataset007_{HOSTILE}", found, command=["mtl-select-checkpoint", HOSTILE])
     assert page.words.count(HOSTILE) > 10
     assert page.source.count("<img ") == page.source.count('<img src="data:image/png;base64,')
