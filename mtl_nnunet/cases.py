@@ -184,6 +184,17 @@ def with_patients(dataset: Dataset, table: str | Path) -> Dataset:
     return replace(dataset, cases=tuple(replace(c, patient=patients[c.name]) for c in dataset.cases))
 
 
+def table_of_patients_left_unread(dataset: Dataset) -> Path | None:
+    """The ``patients.csv`` of an nnU-Net dataset whose cases count as patients of their own though it says otherwise."""
+    table = Path(os.environ.get("nnUNet_raw", ""), dataset.name, "patients.csv")
+    if not table.is_file() or any(case.patient != case.name for case in dataset.cases):
+        return None
+    try:
+        return None if with_patients(dataset, table) == dataset else table
+    except UserError:
+        return table
+
+
 def without_validation_cases(dataset: Dataset, fold: int, preprocessed: str | Path | None) -> Dataset:
     """The training cases of one of nnU-Net's folds.
 
@@ -286,6 +297,44 @@ def read_case(case: Case, reader: str, num_channels: int) -> Image:
             )
         label = read_label[0].astype(np.int16)
     return Image(voxels, spacing, label, hashes or tuple(map(sha256, files)))
+
+
+def orientation(case: Case, reader: str) -> str | None:
+    """Where the axes x, y and z of a case's voxels point to in the patient, by its header.
+
+    ``LPS``: x runs to the left, y to the back (posterior), z up (superior); of oblique axes the nearest. Nothing is turned when
+    scoring, but for nnU-Net's readers that turn every image to ``RAS``.
+
+    Args:
+        case: One that was read before.
+        reader: ``Dataset.reader``.
+
+    Returns:
+        None where the file does not state it.
+    """
+    import nibabel
+    import SimpleITK
+    from nibabel.filebasedimages import ImageFileError
+
+    if reader.endswith("WithReorient"):
+        return "RAS"
+    file = case.images[0]
+    try:
+        if file.name.lower().endswith((".nii", ".nii.gz")):
+            image = nibabel.load(file)
+            if not (image.header["sform_code"] > 0 or image.header["qform_code"] > 0):
+                return None
+            letters = nibabel.aff2axcodes(image.affine)
+            return None if None in letters else "".join(letters)
+        header = SimpleITK.ImageFileReader()
+        header.SetFileName(str(file))
+        header.ReadImageInformation()
+        # nnU-Net's readers of photographs know of no orientation
+        if header.GetDimension() != 3 or reader in ("NaturalImage2DIO", "Tiff3DIO", "monai"):
+            return None
+        return str(SimpleITK.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(header.GetDirection()))
+    except (OSError, RuntimeError, ValueError, KeyError, ImageFileError):
+        return None
 
 
 def _hash_of_what_itk_can_read(case: Case, file: Path) -> str:

@@ -91,7 +91,7 @@ def run_demo(folder: Path, overwrite: bool = False) -> None:
     print(f"\n{time.monotonic() - started:.0f} s in all. What was written:")
     for what, path in (
         ("picture (image, truth, prediction)", picture),
-        ("selection, ranking.csv, ranking.png", selection),
+        ("selection; look at its report.html", selection),
         ("raw dataset", raw / DATASET),
         ("plans and preprocessed data", selection.parent),
         ("trained model", results / DATASET),

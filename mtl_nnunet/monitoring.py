@@ -30,9 +30,9 @@ from mtl_nnunet.decision import Rule
 from mtl_nnunet.embedding import Target, make_target
 from mtl_nnunet.encoder import TimmEncoder, random_encoder
 from mtl_nnunet.errors import AssumedWarning, UserError, listed
+from mtl_nnunet.figures import draw_ranking, save_png
 from mtl_nnunet.files import to_json, write_text, written_atomically
 from mtl_nnunet.ranking import RANDOM, Ranking, loaded_encoder, ranking_of, score_on_target, what_decides
-from mtl_nnunet.report import draw_ranking
 from mtl_nnunet.scores import Score, parse_scores
 from mtl_nnunet.select import scores_of_the_chooser
 from mtl_nnunet.slices import Slices
@@ -274,7 +274,7 @@ class Monitor:
         """Draw the curve so far, atomically."""
         path = self.folder / CURVE_FILE
         with written_atomically(path) as temporary:
-            draw_ranking(self.ranking(), self.dataset, temporary)
+            save_png(draw_ranking(self.ranking(), self.dataset), temporary)
         return path
 
     def _see(

@@ -88,6 +88,8 @@ class Ranking:
         choice: Index of the chosen checkpoint.
         samples: Score of each checkpoint on each bootstrap draw, shape (K, B).
         expectation: What starting from each checkpoint is expected to lose; None unless the rule asks for it.
+        num_run: How many of the checkpoints and the random initialisation were run for it; results of the others were kept
+            from an earlier time.
     """
 
     score: Score
@@ -99,6 +101,7 @@ class Ranking:
     choice: int
     samples: np.ndarray = field(repr=False)
     expectation: Choice | None = None
+    num_run: int = 0
 
     @property
     def chosen(self) -> RankedCheckpoint:
@@ -177,9 +180,10 @@ def rank_checkpoints(
         if cache is not None and (kept := cache.read(described)) is not None:
             results[key] = kept
     missing = [i for i in range(len(candidates)) if any((i, s) not in results for s in scores)]
+    run = {s: any((i, s) not in results for i in missing) for s in scores}
     if missing:
         wanted = {i: [s for s in scores if (i, s) not in results] for i in missing}
-        target = make_target(slices, [s for s in scores if any(s in w for w in wanted.values())], seed)
+        target = make_target(slices, [s for s in scores if run[s]], seed)
         done = len(candidates) - len(missing)
         bar = tqdm(
             total=len(candidates),
@@ -197,13 +201,16 @@ def rank_checkpoints(
                         cache.keep(contents[i, score], scored)
                 bar.update()
     rankings = tuple(
-        ranking_of(
-            s,
-            encoder,
-            candidates,
-            [results[i, s] for i in range(len(candidates))],
-            rule,
-            len(slices.patients_behind(s.labels)),
+        replace(
+            ranking_of(
+                s,
+                encoder,
+                candidates,
+                [results[i, s] for i in range(len(candidates))],
+                rule,
+                len(slices.patients_behind(s.labels)),
+            ),
+            num_run=len(missing) * run[s],
         )
         for s in scores
     )

@@ -1,4 +1,4 @@
-"""The ranking for people: a table, a figure, warnings in words."""
+"""The ranking for people: tables, the verdict and warnings in words."""
 
 from __future__ import annotations
 
@@ -11,11 +11,16 @@ import numpy as np
 
 from mtl_nnunet.bootstrap import FEWEST_PATIENTS
 from mtl_nnunet.budget import budgets_of
+from mtl_nnunet.cases import Dataset, table_of_patients_left_unread
 from mtl_nnunet.chooser import Choice
+from mtl_nnunet.errors import listed
 from mtl_nnunet.ranking import RankedCheckpoint, Ranking
 from mtl_nnunet.slices import Slices
 
 FEW_PATIENTS = 10
+# nnU-Net makes five folds
+FEWEST_TO_SPLIT = 5
+MOST_NAMES = 8
 
 
 def ranking_table(rankings: Sequence[Ranking]) -> str:
@@ -66,22 +71,10 @@ def ranking_text(ranking: Ranking) -> str:
     for row in rows:
         accuracy = row.checkpoint.logged_accuracy if row.checkpoint else None
         probability = "" if row.probability_of_best_score is None else f"{row.probability_of_best_score:.3f}"
-        notes = [
-            note
-            for note, applies in (
-                ("<- chosen", row is ranking.chosen),
-                ("best score", row is ranking.checkpoints[ranking.best] and row is not ranking.chosen),
-                ("last epoch", row is ranking.last),
-                ("undecided", row.undecided and row.checkpoint is not None and row is not ranking.chosen),
-                (f"out after {row.out_after} patients", row.out_after is not None),
-                ("yardstick", row is ranking.random),
-            )
-            if applies
-        ]
         lines.append(
             f"{row.label:>{width}}  {row.value:8.4f}  [{row.low:7.4f}, {row.high:7.4f}]  {probability:>13}  "
             f"{'' if accuracy is None else f'{accuracy:.2f} %':>14}  "
-            f"{f'{losses.get(row.label, str()):>{loss_width}}  ' if losses else ''}{', '.join(notes)}".rstrip()
+            f"{f'{losses.get(row.label, str()):>{loss_width}}  ' if losses else ''}{', '.join(notes_of(ranking, row))}".rstrip()
         )
     lines.append(
         f"score {ranking.score.text}: {direction} is better; intervals by bootstrap over patients; rule: {ranking.rule.text}."
@@ -91,16 +84,37 @@ def ranking_text(ranking: Ranking) -> str:
     return "\n".join(lines)
 
 
+def notes_of(ranking: Ranking, row: RankedCheckpoint) -> list[str]:
+    """What is to be said of a row of the table."""
+    is_checkpoint = row.checkpoint is not None
+    return [
+        note
+        for note, applies in (
+            ("<- chosen", row is ranking.chosen),
+            ("best score", row is ranking.checkpoints[ranking.best] and row is not ranking.chosen),
+            ("last epoch", row is ranking.last),
+            ("undecided", row.undecided and is_checkpoint and row is not ranking.chosen),
+            (f"out after {row.out_after} patients", row.out_after is not None),
+            ("yardstick", row is ranking.random),
+        )
+        if applies
+    ]
+
+
 def _losses(told: Choice) -> list[str]:
     ends = zip(told.expected_loss, told.low, told.high, strict=True)
     return [f"{100 * loss:.2f} [{100 * low:.2f}, {100 * high:.2f}]" for loss, low, high in ends]
 
 
+def names_of(rankings: Sequence[Ranking]) -> list[str]:
+    """What to call the score of each; parameters tell apart what has one name."""
+    names = [r.score.name for r in rankings]
+    return [r.score.text if names.count(r.score.name) > 1 else r.score.name for r in rankings]
+
+
 def others_text(rankings: Sequence[Ranking]) -> str:
     """One line a score that was computed beside the choosing one: what it would have chosen."""
-    names = [r.score.name for r in rankings]
-    # parameters tell apart what has one name
-    called = [r.score.text if names.count(r.score.name) > 1 else r.score.name for r in rankings]
+    called = names_of(rankings)
     width = max(12, *map(len, called))
     lines = [f"{'beside it':>{width}}  {'would choose':>12}  {'score':>9}  {'random':>9}  undecided"]
     for name, ranking in zip(called, rankings, strict=True):
@@ -110,6 +124,46 @@ def others_text(rankings: Sequence[Ranking]) -> str:
             f"{'' if ranking.better(ranking.checkpoints[ranking.best], ranking.random) else '; none beats random weights'}"
         )
     return "\n".join(lines)
+
+
+def verdict_text(ranking: Ranking) -> str:
+    """The choice in one sentence: which, what it is expected to lose, what of the run could be saved, what is undecided."""
+    chosen, rows, undecided = ranking.chosen, ranking.checkpoints, ranking.undecided
+    budgets = budgets_of(ranking)
+    told = ranking.expectation
+    if budgets:
+        said = [f"Start from epoch {budgets[0].epoch} of {budgets[0].last}"]
+    elif len(rows) == 1:
+        said = [f"Start from {_in_words([chosen])}, the only checkpoint"]
+    else:
+        said = [f"Start from {_in_words([chosen])}, one of {len(rows)} checkpoints ({ranking.rule.text})"]
+    if told is not None:
+        said.append(told.text)
+    if budgets and budgets[0].saved_epochs:
+        said.append(f"{budgets[0].saved_share:.0%} of the run could have been saved")
+    elif len(budgets) > 1 and (loss := budgets[1].expected_loss) is not None:
+        said.append(
+            f"stopping at epoch {budgets[1].epoch} could have saved {budgets[1].saved_share:.0%} of the run for an expected loss of "
+            f"{100 * loss:.2f}"
+        )
+    elif budgets:
+        said.append("nothing of the run could have been saved")
+    if len(undecided) > 1:
+        said.append(f"the score could not separate {_in_words(undecided)}")
+    elif len(rows) > 1:
+        best = rows[ranking.best]
+        said.append(
+            "the score puts it first, clear of all others"
+            if best is chosen
+            else f"the score alone would have taken {_in_words([best])}"
+        )
+    return "; ".join(said) + "."
+
+
+def _in_words(rows: Sequence[RankedCheckpoint]) -> str:
+    names = listed([r.label for r in rows], MOST_NAMES)
+    dated = all(r.checkpoint is not None and r.checkpoint.epoch is not None for r in rows)
+    return f"epoch{'s' if len(rows) > 1 else ''} {names}" if dated else names
 
 
 def comparison_text(ranking: Ranking) -> str:
@@ -194,6 +248,24 @@ def warnings_in_words(ranking: Ranking, num_patients: int) -> list[str]:
     return warnings
 
 
+def all_warnings(ranking: Ranking, dataset: Dataset, slices: Slices, fold: int | str | None) -> list[str]:
+    """Everything that a user should know: of the choice, of labels, of cases left out and of patients.
+
+    Args:
+        ranking: The one that has the choice.
+        dataset: The cases that could be sampled.
+        slices: What was read of them.
+        fold: Whose validation cases were kept out, or ``all``.
+    """
+    of_nnunet = dataset.reader != "monai"
+    warnings = warnings_in_words(ranking, slices.num_patients)
+    warnings += labels_in_words(slices, fold, can_keep_out=of_nnunet and len(dataset.cases) >= FEWEST_TO_SPLIT)
+    warnings += [f"Case {name} was skipped: {reason}" for name, reason in slices.skipped]
+    if of_nnunet and (table := table_of_patients_left_unread(dataset)) is not None:
+        warnings.append(f"Every case counted as a patient of its own, though {table} is there. Pass it with -patients.")
+    return warnings
+
+
 def labels_in_words(slices: Slices, fold: int | str | None, can_keep_out: bool) -> list[str]:
     """What a user should know of the labels that were looked at.
 
@@ -216,67 +288,6 @@ def labels_in_words(slices: Slices, fold: int | str | None, can_keep_out: bool) 
             f"on them is a little too good.{advice}"
         )
     return warnings
-
-
-def draw_ranking(ranking: Ranking, dataset: str, path: Path) -> None:
-    """Score over epochs with intervals, the yardsticks, and the accuracy that the run logged, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    rows = ranking.checkpoints
-    dated = all(r.checkpoint is not None and r.checkpoint.epoch is not None for r in rows)
-    x = [float(r.checkpoint.epoch) if dated and r.checkpoint else float(i) for i, r in enumerate(rows)]  # type: ignore[arg-type]
-    figure = Figure(figsize=(8, 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    values = [r.value for r in rows]
-    errors = [[max(0.0, r.value - r.low) for r in rows], [max(0.0, r.high - r.value) for r in rows]]
-    axes.errorbar(
-        x,
-        values,
-        yerr=errors,
-        color="#1f5a99",
-        marker="o",
-        capsize=3,
-        label=f"{ranking.score.name} score, 95 % interval",
-    )
-    best = ranking.choice
-    axes.plot(
-        [x[best]],
-        [values[best]],
-        marker="*",
-        markersize=18,
-        color="#c8472b",
-        linestyle="none",
-        label=f"chosen: {'epoch ' if dated else ''}{rows[best].label}",
-    )
-    axes.axhline(ranking.random.value, color="#666666", linestyle="--", label="random initialisation")
-    if not np.isnan(ranking.random.low):
-        axes.axhspan(ranking.random.low, ranking.random.high, color="#666666", alpha=0.12, linewidth=0)
-    axes.set_ylabel(f"{ranking.score.name} ({'higher' if ranking.score.higher_is_better else 'lower'} is better)")
-    axes.set_title(f"{ranking.encoder} on {dataset}")
-    if dated:
-        axes.set_xlabel("pretraining epoch")
-    else:
-        axes.set_xticks(x, [r.label for r in rows], rotation=30, ha="right")
-    handles, labels = axes.get_legend_handles_labels()
-    logged = [(xi, r.checkpoint.logged_accuracy) for xi, r in zip(x, rows, strict=True) if r.checkpoint]
-    logged = [(xi, a) for xi, a in logged if a is not None]
-    if logged:
-        twin = axes.twinx()
-        twin.plot(
-            *zip(*logged, strict=True),
-            color="#999999",
-            marker=".",
-            linestyle=":",
-            label="ImageNet top-1 (logged)",
-        )
-        twin.set_ylabel("ImageNet top-1 (%)", color="#777777")
-        more_handles, more_labels = twin.get_legend_handles_labels()
-        handles, labels = handles + more_handles, labels + more_labels
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    # named, since a file that is not whole yet has another ending
-    figure.savefig(path, format="png", dpi=150, metadata={"Software": None})
 
 
 def draw_predictions(

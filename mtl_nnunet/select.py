@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from mtl_nnunet.checkpoints import Checkpoint, architecture_of, find_checkpoints
 from mtl_nnunet.chooser import read_chooser
 from mtl_nnunet.decision import Rule, default_rule, parse_rule
 from mtl_nnunet.errors import AssumedWarning, UserError, listed
+from mtl_nnunet.html_report import Cost
 from mtl_nnunet.racing import race_checkpoints
 from mtl_nnunet.ranking import Ranking, rank_checkpoints
 from mtl_nnunet.scores import LABELLED, Score, parse_scores
@@ -135,7 +137,9 @@ def select_checkpoint(
     if rule.name == "expected-loss":
         chosen_scores += scores_of_the_chooser(rule.state, chosen_scores, rule.chooser)
     encoder = encoder or next((c.architecture for c in found if c.architecture), None) or architecture_of(found[-1])
+    started = time.perf_counter()
     slices = gather_slices(dataset, num_slices, num_cases, seed, with_labels=labelled, skip_bad_cases=skip_bad_cases)
+    read = time.perf_counter()
     forwards = 1.0
     if race:
         raced, forwards = race_checkpoints(found, encoder, slices, chosen_scores[0], seed, device, precision)
@@ -144,7 +148,16 @@ def select_checkpoint(
         rankings = rank_checkpoints(found, encoder, slices, chosen_scores, seed, device, rule, cache, precision)
     content = None
     if output is not None:
-        content = write_selection(output, rankings, dataset, slices, seed, command, overwrite, fold)
+        all_forwards = len(slices.images) * (len(found) + 1) * _num_views([r.score for r in rankings])
+        cost = Cost(
+            seconds_reading=read - started,
+            seconds_scoring=time.perf_counter() - read,
+            forwards=round(forwards * all_forwards) if race else len(slices.images) * _views_run(rankings),
+            all_forwards=all_forwards,
+            raced=race,
+            device=device,
+        )
+        content = write_selection(output, rankings, dataset, slices, seed, command, overwrite, fold, cost)
     return Outcome(rankings, dataset, slices, fold, forwards, Path(output) if output is not None else None, content)
 
 
@@ -202,6 +215,18 @@ def default_output(dataset_name: str, fold: int | str | None = None) -> Path:
         )
     name = f"{DEFAULT_FOLDER}_fold_{fold}" if isinstance(fold, int) else DEFAULT_FOLDER
     return Path(preprocessed) / dataset_name / name
+
+
+def _num_views(scores: Sequence[Score]) -> int:
+    """How many views of each slice an encoder sees; scores of the same kind of view share them."""
+    wanted: dict[tuple[str, float], int] = {}
+    for score in scores:
+        wanted[score.view_key] = max(score.num_views, wanted.get(score.view_key, 0))
+    return sum(wanted.values())
+
+
+def _views_run(rankings: Sequence[Ranking]) -> int:
+    return max(r.num_run for r in rankings) * _num_views([r.score for r in rankings if r.num_run])
 
 
 def _found(dataset: Dataset | int | str | Path, skip_bad_cases: bool) -> Dataset:

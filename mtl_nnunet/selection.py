@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
+import os
+import re
+import shlex
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -24,16 +27,24 @@ from mtl_nnunet.checkpoints import Published, read_contents
 from mtl_nnunet.chooser import SHIPPED
 from mtl_nnunet.encoder import TimmEncoder
 from mtl_nnunet.errors import UserError, listed
+from mtl_nnunet.figures import FIGURES
 from mtl_nnunet.files import folder_written_atomically, sha256, to_json, write_text
 from mtl_nnunet.ranking import RankedCheckpoint, Ranking
 from mtl_nnunet.scores import Score
 from mtl_nnunet.slices import Slices
 
+if TYPE_CHECKING:
+    from mtl_nnunet.html_report import Cost
+
 SCHEMA_VERSION = 1
 SELECTION_FILE = "selection.json"
 ENCODER_FILE = "encoder.safetensors"
-TABLE_FILE, FIGURE_FILE = "ranking.csv", "ranking.png"
-FILES = (SELECTION_FILE, ENCODER_FILE, TABLE_FILE, FIGURE_FILE)
+TABLE_FILE, REPORT_FILE = "ranking.csv", "report.html"
+# the figures that a choice can have
+FILES = (
+    *(SELECTION_FILE, ENCODER_FILE, TABLE_FILE, REPORT_FILE),
+    *(f"{name}.{ending}" for name in FIGURES for ending in ("png", "svg")),
+)
 DEFAULT_FOLDER = "mtl_selection"
 PACKAGES = ("torch", "timm", "monai", "nnunetv2", "numpy", "scipy", "SimpleITK")
 
@@ -107,8 +118,9 @@ def write_selection(
     command: Sequence[str],
     overwrite: bool = False,
     fold: int | str | None = None,
+    cost: Cost | None = None,
 ) -> dict[str, Any]:
-    """Write ``selection.json``, ``encoder.safetensors``, ``ranking.csv`` and ``ranking.png``, all or nothing.
+    """Write ``selection.json``, ``encoder.safetensors``, ``ranking.csv``, the figures and ``report.html``, all or nothing.
 
     Args:
         folder: Where to; its parents are made.
@@ -119,6 +131,7 @@ def write_selection(
         command: The command that repeats it.
         overwrite: Replace a selection that is there.
         fold: Whose validation cases were kept out where labels were used, or ``all``.
+        cost: Of the scoring, for the report; it is no part of ``selection.json``, whose bytes repeat.
 
     Returns:
         The content of ``selection.json``.
@@ -126,7 +139,8 @@ def write_selection(
     Raises:
         UserError: The folder exists, is not a selection, or cannot be written.
     """
-    from mtl_nnunet.report import draw_ranking, ranking_table
+    from mtl_nnunet.html_report import write_report
+    from mtl_nnunet.report import all_warnings, ranking_table
 
     refuse_foreign_folder(folder, overwrite)
     with folder_written_atomically(folder, overwrite) as temporary:
@@ -140,8 +154,45 @@ def write_selection(
         content = _content(rankings, dataset, slices, seed, command, encoder, fold)
         write_text(temporary / SELECTION_FILE, to_json(content))
         write_text(temporary / TABLE_FILE, ranking_table(rankings))
-        draw_ranking(rankings[0], dataset.name, temporary / FIGURE_FILE)
+        write_report(
+            temporary,
+            content,
+            rankings,
+            dataset,
+            slices,
+            all_warnings(rankings[0], dataset, slices, fold),
+            next_commands(dataset, folder, fold, cost.device if cost else None),
+            cost,
+        )
     return content
+
+
+def next_commands(
+    dataset: Dataset, folder: str | Path, fold: int | str | None = None, device: str | None = None
+) -> list[str]:
+    """What to type after a selection; nothing where the dataset is not one of nnU-Net's.
+
+    Args:
+        dataset: It was made on.
+        folder: Where it lies.
+        fold: Whose validation cases were kept out of it.
+        device: To train on; None or ``cuda`` is nnU-Net's own.
+    """
+    if dataset.reader == "monai" or not re.match(r"Dataset\d{3}_", dataset.name):
+        return []
+    number, of_fold = int(dataset.name[7:10]), isinstance(fold, int)
+    on_device = "" if device in (None, "cuda") else f" -device {device}"
+    train = f"nnUNetv2_train {number} 2d {fold if of_fold else 0} -tr MTLTrainer"
+    lines = [f"nnUNetv2_plan_and_preprocess -d {number} -c 2d"]
+    own = Path(os.environ.get("nnUNet_preprocessed", ""), dataset.name, DEFAULT_FOLDER)
+    if of_fold or Path(folder).resolve() != own.resolve():
+        # training finds only the dataset's own selection by itself
+        plans = f"nnUNetPlans_mtl_fold_{fold}" if of_fold else "nnUNetPlans_mtl"
+        lines.append(f"mtl-nnunet plans -d {number} -selection {shlex.quote(str(folder))} -o {plans}")
+        lines.append(f"{train} -p {plans}{on_device}")
+    else:
+        lines.append(f"{train}{on_device}")
+    return lines
 
 
 def read_selection(folder: str | Path) -> Selection:

@@ -33,12 +33,23 @@ FOREGROUND_SAMPLES = 10_000_000
 
 @dataclass(frozen=True)
 class UsedCase:
-    """A case that was read: its patient, the hashes of its image files (and label) and how many of its slices were taken."""
+    """A case that was read.
+
+    Attributes:
+        name: Of the case.
+        patient: Whose.
+        sha256: Hashes of its image files, and of its label if it has one.
+        num_slices: How many of its slices were taken.
+        spacing: Voxel size along (z, y, x) in mm, as the file states it.
+        plane: Rows and columns of its resampled slices, before all were brought to one size.
+    """
 
     name: str
     patient: str
     sha256: tuple[str, ...]
     num_slices: int
+    spacing: tuple[float, float, float]
+    plane: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -208,7 +219,10 @@ def gather_slices(
         normalization=schemes,
         use_mask_for_norm=use_mask,
         intensities=intensities,
-        used=tuple(UsedCase(e.case.name, e.case.patient, e.sha256, len(e.taken)) for e in extracts),
+        used=tuple(
+            UsedCase(e.case.name, e.case.patient, e.sha256, len(e.taken), e.spacing, (p.shape[2], p.shape[3]))
+            for e, p in zip(extracts, planes, strict=True)
+        ),
         labels=labels,
         skipped=(*dataset.skipped, *skipped),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -39,12 +39,38 @@ def make_views(images: Tensor, kind: str, num_views: int, seed: int, strength: f
         return torch.stack([VIEWS[kind](images, seed, view, strength) for view in bar])
 
 
-def plain_view(images: Tensor, seed: int, view: int, strength: float = 1.0) -> Tensor:
+def views_of_some(
+    images: Tensor, places: Sequence[int], kind: str, num_views: int, seed: int, strength: float
+) -> Tensor:
+    """The very views that ``make_views`` makes of some of the slices, without those of the others.
+
+    Args:
+        images: All slices, shape (N, C, H, W).
+        places: Which of them, K.
+        kind: As for ``make_views``.
+        num_views: V.
+        seed: As for ``make_views``.
+        strength: As for ``make_views``.
+
+    Returns:
+        Shape (V, K, C, H, W), float32.
+    """
+    some = images[list(places)]
+    if kind == "plain" or strength == 0:
+        return some.expand(num_views, *some.shape)
+    return torch.stack([VIEWS[kind](some, seed, view, strength, places) for view in range(num_views)])
+
+
+def plain_view(
+    images: Tensor, seed: int, view: int, strength: float = 1.0, places: Sequence[int] | None = None
+) -> Tensor:
     """The slices as they are."""
     return images
 
 
-def paper_view(images: Tensor, seed: int, view: int, strength: float = 1.0) -> Tensor:
+def paper_view(
+    images: Tensor, seed: int, view: int, strength: float = 1.0, places: Sequence[int] | None = None
+) -> Tensor:
     """The published jitter: brightness 10 %, contrast 5 %, saturation 10 %, hue 5 %, one factor for all slices.
 
     The jitter is defined on images in [0, 1], so each slice is jittered on its own range and put back. Three channels are
@@ -55,6 +81,7 @@ def paper_view(images: Tensor, seed: int, view: int, strength: float = 1.0) -> T
         seed: Seed of the run.
         view: Number of the view.
         strength: 1 as published; the four ranges are multiplied by it.
+        places: Of no effect here.
 
     Returns:
         Shape (N, C, H, W).
@@ -79,7 +106,9 @@ def paper_view(images: Tensor, seed: int, view: int, strength: float = 1.0) -> T
     return view_in_range * width + low
 
 
-def scanner_view(images: Tensor, seed: int, view: int, strength: float = 1.0) -> Tensor:
+def scanner_view(
+    images: Tensor, seed: int, view: int, strength: float = 1.0, places: Sequence[int] | None = None
+) -> Tensor:
     """What differs between scanners and protocols.
 
     Position, bias field, contrast curve, blur, resolution, gain, offset and noise. Strengths are in units of the slice's
@@ -91,6 +120,7 @@ def scanner_view(images: Tensor, seed: int, view: int, strength: float = 1.0) ->
         view: Number of the view.
         strength: 1 for rotations up to 6 degrees, 5 % of size, 15 % of bias, gamma up to 4/3, blur up to 1 pixel, half
             the resolution, 20 % of gain and offset, 15 % of noise; the ranges are multiplied by it.
+        places: Of each slice among all, which seeds its view; None where these are all.
 
     Returns:
         Shape (N, C, H, W).
@@ -125,15 +155,15 @@ def scanner_view(images: Tensor, seed: int, view: int, strength: float = 1.0) ->
         ]
     )
     views = torch.empty_like(images)
-    for i, image in enumerate(images):
-        scanner.set_random_state(seed=_derived_seed(seed, view, i))
+    for i, (place, image) in enumerate(zip(range(len(images)) if places is None else places, images, strict=True)):
+        scanner.set_random_state(seed=_derived_seed(seed, view, int(place)))
         mean, std = image.mean(), image.std().clamp_min(torch.finfo(image.dtype).tiny)
         viewed = scanner((image - mean) / std)
         views[i] = torch.as_tensor(viewed) * std + mean
     return views
 
 
-VIEWS: dict[str, Callable[[Tensor, int, int, float], Tensor]] = {
+VIEWS: dict[str, Callable[..., Tensor]] = {
     "plain": plain_view,
     "paper": paper_view,
     "scanner": scanner_view,

@@ -6,6 +6,7 @@ import argparse
 import csv
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -69,7 +70,8 @@ def test_writes_the_choice_and_prints_what_to_do_next(dataset: Path, capsys: pyt
         "selection.json",
         ENCODER_FILE,
         "ranking.csv",
-        "ranking.png",
+        "report.html",
+        *(f"{name}.{ending}" for name in ("ranking", "expected_loss", "slices") for ending in ("png", "svg")),
     }
     assert (selection_folder() / "ranking.png").read_bytes().startswith(b"\x89PNG")
     for printed in (
@@ -111,10 +113,15 @@ def test_same_seed_writes_the_same_bytes_but_for_one_line(dataset: Path) -> None
     before = {f.name: f.read_bytes() for f in selection_folder().iterdir()}
     assert run("--overwrite") == 0
     after = {f.name: f.read_bytes() for f in selection_folder().iterdir()}
-    for name in (ENCODER_FILE, "ranking.csv", "ranking.png"):
+    assert before.keys() == after.keys()
+    for name in before.keys() - {"selection.json", "report.html"}:
         assert before[name] == after[name], name
     lines = zip(before["selection.json"].splitlines(), after["selection.json"].splitlines(), strict=True)
     assert {a.split(b":")[0].strip() for a, b in lines if a != b} <= {b'"created"'}
+    # the page says what it cost besides, and here the results of the first run were kept
+    said = b"\n".join(before["report.html"].splitlines()), b"\n".join(after["report.html"].splitlines())
+    first, second = (re.sub(rb'(?s)<section id="cost".*?</section>', b"", page).splitlines() for page in said)
+    assert [a for a, b in zip(first, second, strict=True) if a != b and not a.startswith(b"<time ")] == []
 
 
 def test_another_seed_reads_other_slices(dataset: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from torchvision.transforms import ColorJitter
 
 from mtl_nnunet.errors import UserError
-from mtl_nnunet.views import make_views
+from mtl_nnunet.views import make_views, views_of_some
 
 
 def images(channels: int = 1, n: int = 5) -> torch.Tensor:
@@ -68,3 +68,11 @@ def test_paper_view_of_grey_slices_is_one_gain_and_one_contrast_for_all() -> Non
 def test_unknown_views_are_refused() -> None:
     with pytest.raises(UserError, match="paper, plain, scanner"):
         make_views(images(), "artistic", 2, 0)
+
+
+@pytest.mark.parametrize("kind", ["plain", "paper", "scanner"])
+def test_views_of_some_slices_are_those_of_all(kind: str) -> None:
+    whole_dataset = images(3, n=7)
+    whole = make_views(whole_dataset, kind, 2, seed=4, strength=0.7)
+    some = views_of_some(whole_dataset, [5, 0, 3], kind, 2, seed=4, strength=0.7)
+    assert torch.equal(some, whole[:, [5, 0, 3]])

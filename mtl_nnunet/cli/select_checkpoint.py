@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -97,14 +96,14 @@ def select(args: argparse.Namespace) -> None:
     from mtl_nnunet.errors import UserError
     from mtl_nnunet.parallel import workers
     from mtl_nnunet.report import (
+        all_warnings,
         budget_text,
         comparison_text,
-        labels_in_words,
         others_text,
         ranking_text,
-        warnings_in_words,
     )
     from mtl_nnunet.select import default_output, select_checkpoint
+    from mtl_nnunet.selection import next_commands
 
     if args.i and not args.o:
         raise UserError("-i needs -o FOLDER: there is no nnU-Net folder to write to.")
@@ -137,13 +136,7 @@ def select(args: argparse.Namespace) -> None:
             command=_command(args, device),
         )
     ranking, slices = outcome.ranking, outcome.slices
-    warnings = warnings_in_words(ranking, slices.num_patients)
-    warnings += labels_in_words(slices, outcome.fold, can_keep_out=bool(args.d) and len(dataset.cases) >= 5)
-    warnings += [f"Case {name} was skipped: {reason}" for name, reason in slices.skipped]
-    table = os.path.join(os.environ.get("nnUNet_raw", ""), dataset.name, "patients.csv")
-    if args.d and not args.patients and os.path.isfile(table):
-        warnings.append(f"Every case counted as a patient of its own, though {table} is there. Pass it with -patients.")
-    for warning in warnings:
+    for warning in all_warnings(ranking, outcome.dataset, slices, outcome.fold):
         print(f"warning: {warning}", file=sys.stderr)
     if args.race:
         print(f"the race took {outcome.forwards:.0%} of the forwards of a full run", file=sys.stderr)
@@ -164,24 +157,9 @@ def select(args: argparse.Namespace) -> None:
         print(budget)
     if len(outcome.rankings) > 1:
         print("\n" + others_text(outcome.rankings[1:]))
-    print(f"\nwritten: {folder} (selection.json, encoder.safetensors, ranking.csv, ranking.png)")
-    if args.d:
-        print(_next_commands(int(dataset.name[7:10]), folder, args.o is not None, outcome.fold, device))
-
-
-def _next_commands(number: int, folder: str, elsewhere: bool, fold: int | str | None, device: str) -> str:
-    on_device = "" if device == "cuda" else f" -device {device}"
-    of_fold = isinstance(fold, int)
-    train = f"  nnUNetv2_train {number} 2d {fold if of_fold else 0} -tr MTLTrainer"
-    lines = ["next:", f"  nnUNetv2_plan_and_preprocess -d {number} -c 2d"]
-    if elsewhere or of_fold:
-        # training finds only the dataset's own selection by itself
-        plans = f"nnUNetPlans_mtl_fold_{fold}" if of_fold else "nnUNetPlans_mtl"
-        lines.append(f"  mtl-nnunet plans -d {number} -selection {shlex.quote(folder)} -o {plans}")
-        lines.append(f"{train} -p {plans}{on_device}")
-    else:
-        lines.append(f"{train}{on_device}")
-    return "\n".join(lines)
+    print(f"\nwritten: {folder} (report.html to look at; selection.json, encoder.safetensors, ranking.csv, figures)")
+    if commands := next_commands(outcome.dataset, folder, outcome.fold, device):
+        print("next:", *commands, sep="\n  ")
 
 
 def _command(args: argparse.Namespace, device: str) -> list[str]:

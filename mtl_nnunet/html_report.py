@@ -1,0 +1,236 @@
+"""A selection as one page to look at: ``report.html`` and its figures."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mtl_nnunet.cases import Dataset, orientation
+from mtl_nnunet.figures import (
+    FAST,
+    draw_expected_loss,
+    draw_levels,
+    draw_ranking,
+    draw_slices,
+    for_page,
+    write_figure,
+)
+from mtl_nnunet.files import write_text
+from mtl_nnunet.pictures import LONGEST_SIDE, are_colours, sample_pictures, shown_ranges, values_looked_at
+from mtl_nnunet.ranking import Ranking
+from mtl_nnunet.report import budget_text, comparison_text, names_of, notes_of, verdict_text
+from mtl_nnunet.slices import Slices
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+TEMPLATE = Path(__file__).with_name("report.html.jinja")
+SIDES = {"L": "left", "R": "right", "A": "front", "P": "back", "S": "head", "I": "feet"}
+PLANES = {"L": "sagittal", "R": "sagittal", "A": "coronal", "P": "coronal", "S": "axial", "I": "axial"}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a selection cost.
+
+    Attributes:
+        seconds_reading: Reading and preparing the slices.
+        seconds_scoring: Reading checkpoints, views, forwards, scores and bootstrap.
+        forwards: How many views of slices went through an encoder.
+        all_forwards: How many that are where nothing was kept from an earlier time and nothing went out of a race.
+        raced: Whether checkpoints could go out early.
+        device: Where the encoders ran.
+    """
+
+    seconds_reading: float
+    seconds_scoring: float
+    forwards: int
+    all_forwards: int
+    raced: bool
+    device: str
+
+
+def write_report(
+    folder: Path,
+    content: dict[str, Any],
+    rankings: Sequence[Ranking],
+    dataset: Dataset,
+    slices: Slices,
+    warnings: Sequence[str],
+    commands: Sequence[str],
+    cost: Cost | None,
+) -> None:
+    """Write ``report.html``, which needs no other file, and its figures as PNG and SVG.
+
+    Args:
+        folder: Where to.
+        content: Of ``selection.json``.
+        rankings: The first one has the choice.
+        dataset: The cases that could be sampled.
+        slices: What was read of them.
+        warnings: In words.
+        commands: What to type next.
+        cost: Of the scoring, where it was measured.
+    """
+    ranking = rankings[0]
+    orientations = _orientations(dataset, slices)
+    samples = sample_pictures(slices, ranking.score, dataset.channel_names, orientations, content["seed"])
+    drawn = {
+        "ranking": draw_ranking(ranking, dataset.name),
+        "expected_loss": draw_expected_loss(ranking),
+        "levels": draw_levels(ranking),
+    }
+    figures = {
+        name: None if figure is None else _in_page(write_figure(figure, folder, name), name, ranking)
+        for name, figure in drawn.items()
+    }
+    pictures = [(f"{s.case}, slice {s.position}", row) for s in samples for row in s.rows]
+    write_figure(draw_slices(pictures), folder, "slices")
+    told = ranking.expectation
+    text = _template().render(
+        content=content,
+        ranking=ranking,
+        rows=_rows(ranking),
+        levels=sorted(ranking.random.levels),
+        verdict=verdict_text(ranking),
+        told=None if told is None else told.text,
+        warnings=warnings,
+        compared=_lines(comparison_text(ranking)),
+        budget=_lines(budget_text(ranking)),
+        others=list(zip(names_of(rankings[1:]), rankings[1:], strict=True)),
+        figures=figures,
+        samples=samples,
+        shown=shown_ranges(slices),
+        in_colour=are_colours(dataset.channel_names),
+        channels=_channels(dataset, slices),
+        spacings=_ranges([c.spacing for c in slices.used]),
+        plane=_plane(slices, orientations),
+        orientations=_counted(orientations.values()),
+        cases=[(c, orientations[c.name]) for c in slices.used],
+        dataset=dataset,
+        slices=slices,
+        commands=commands,
+        cost=cost,
+        files=sorted(f.name for f in folder.iterdir()),
+        image=_image,
+        shrunk=max(slices.images.shape[2:]) > LONGEST_SIDE,
+        sides=SIDES,
+        planes=[(min(c.plane[i] for c in slices.used), max(c.plane[i] for c in slices.used)) for i in (0, 1)],
+    )
+    write_text(folder / "report.html", text)
+
+
+def _template() -> Any:
+    from jinja2 import Environment, StrictUndefined
+
+    # names of datasets, cases and files come from outside: all is escaped
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["number"] = lambda value, form=".4f": (
+        "–" if value is None or np.isnan(value) else format(value, form)
+    )
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+
+
+def _in_page(svg: str, name: str, ranking: Ranking) -> Markup:
+    from markupsafe import Markup
+
+    score = ranking.score.name
+    rows = ranking.checkpoints
+    title, description = {
+        "ranking": (
+            f"{score} score of each checkpoint",
+            f"{len(rows)} checkpoints from {ranking.chosen.label} (chosen, {ranking.chosen.value:.4f}) to the best score "
+            f"{rows[ranking.best].label} ({rows[ranking.best].value:.4f}); random initialisation {ranking.random.value:.4f}. "
+            "The table below has every number.",
+        ),
+        "expected_loss": (
+            "Dice points that each checkpoint is expected to lose",
+            f"{verdict_text(ranking)} The table below has every number.",
+        ),
+        "levels": (f"{score} score at each level of the encoder", "The table below has every number."),
+    }[name]
+    # made by matplotlib and ElementTree, which escape what they are given
+    return Markup(for_page(svg, name, title, description))
+
+
+def _rows(ranking: Ranking) -> list[dict[str, Any]]:
+    told = ranking.expectation
+    found = []
+    for i, row in enumerate((*ranking.checkpoints, ranking.random)):
+        known = told is not None and row.checkpoint is not None and np.isfinite(told.expected_loss[i])
+        found.append(
+            {
+                "row": row,
+                "file": row.checkpoint.path.name if row.checkpoint else "",
+                "accuracy": row.checkpoint.logged_accuracy if row.checkpoint else None,
+                "loss": [100 * float(v[i]) for v in (told.expected_loss, told.low, told.high)]
+                if known and told
+                else None,
+                "notes": ", ".join(n.removeprefix("<- ") for n in notes_of(ranking, row)),
+                "chosen": row is ranking.chosen,
+                "levels": [row.levels.get(level) for level in sorted(ranking.random.levels)],
+            }
+        )
+    return found
+
+
+def _lines(text: str) -> list[str]:
+    return text.splitlines()
+
+
+def _orientations(dataset: Dataset, slices: Slices) -> dict[str, str | None]:
+    used = {c.name for c in slices.used}
+    return {c.name: orientation(c, dataset.reader) for c in dataset.cases if c.name in used}
+
+
+def _counted(values: Iterable[str | None]) -> list[tuple[str | None, int]]:
+    found: dict[str | None, int] = {}
+    for value in values:
+        found[value] = found.get(value, 0) + 1
+    return sorted(found.items(), key=lambda item: -item[1])
+
+
+def _plane(slices: Slices, orientations: dict[str, str | None]) -> str | None:
+    planes = {PLANES[letters[2 - slices.axis]] if letters else None for letters in orientations.values()}
+    return planes.pop() if len(planes) == 1 else None
+
+
+def _image(pixels: np.ndarray) -> str:
+    """Pixels as an address that holds the image itself."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG", **FAST)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _channels(dataset: Dataset, slices: Slices) -> list[dict[str, Any]]:
+    found = []
+    for c, (name, scheme, values) in enumerate(
+        zip(dataset.channel_names, slices.normalization, values_looked_at(slices), strict=True)
+    ):
+        of_file = slices.intensities.get(str(c))
+        low, middle, high = (float(v) for v in np.percentile(values, (0.5, 50, 99.5)))
+        found.append(
+            {
+                "name": name,
+                "scheme": scheme,
+                "values": [float(values.min()), low, middle, high, float(values.max())],
+                "mean": float(values.mean(dtype=np.float64)),
+                "std": float(values.std(dtype=np.float64)),
+                "foreground": of_file,
+            }
+        )
+    return found
+
+
+def _ranges(spacings: Sequence[tuple[float, float, float]]) -> list[tuple[float, float, float]]:
+    """Smallest, median and largest of each axis (z, y, x)."""
+    found = np.percentile(np.array(spacings), (0, 50, 100), axis=0).T
+    return [(float(a), float(b), float(c)) for a, b, c in found]

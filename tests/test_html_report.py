@@ -1,0 +1,393 @@
+"""The report of a selection: what it says, that it stands alone, and that a browser shows it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import nibabel
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from conftest import DEMO_RUN, write_phantoms
+from PIL import Image
+
+from mtl_nnunet.cases import Case, find_nnunet_dataset, orientation
+from mtl_nnunet.checkpoints import Published, find_checkpoints
+from mtl_nnunet.cli.select_checkpoint import main
+from mtl_nnunet.pictures import edges_of, shown_ranges
+from mtl_nnunet.select import select_checkpoint
+from mtl_nnunet.slices import gather_slices
+from mtl_nnunet.views import make_views
+
+VOID = {"meta", "link", "img", "br", "input", "hr"}
+HOSTILE = "<img src=x onerror=alert(1)>\"'&$a$\\foo"
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None
+)
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, ids, the text of each section, and whether every tag is closed in its turn."""
+
+    def __init__(self, path: Path):
+        super().__init__(convert_charrefs=True)
+        self.source = path.read_text(encoding="utf-8")
+        self.tags: list[tuple[str, dict[str, str | None], tuple[str, ...]]] = []
+        self.open: list[str] = []
+        self.text: dict[str, str] = {"": ""}
+        self.section = ""
+        self.feed(self.source)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        assert len(given) == len(attrs), f"an attribute of <{tag}> is given twice"
+        if tag == "section":
+            self.section = str(given["id"])
+            self.text[self.section] = ""
+        self.tags.append((tag, given, tuple(self.open)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs), tuple(self.open)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+        if tag == "section":
+            self.section = ""
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.text[self.section] += data
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes, _ in self.tags if name == tag]
+
+    @property
+    def words(self) -> str:
+        return " ".join(" ".join(self.text.values()).split())
+
+    @property
+    def verdict(self) -> str:
+        (found,) = re.findall(r'<p class="verdict">(.*?)</p>', self.source)
+        return str(found)
+
+
+def check_that_it_stands_alone_and_can_be_read_by_all(page: Page) -> None:
+    names = [name for name, _, _ in page.tags]
+    assert not {"script", "iframe", "object", "embed", "base", "form"} & set(names)
+    (policy,) = [m["content"] for m in page.all("meta") if m.get("http-equiv") == "Content-Security-Policy"]
+    assert str(policy).startswith("default-src 'none'")
+    for _, attributes, _ in page.tags:
+        assert not any(key.startswith("on") for key in attributes)
+        for key in ("src", "href", "xlink:href", "srcset", "action"):
+            if key in attributes:
+                assert str(attributes[key]).startswith(("#", "data:")), attributes
+    for address in re.findall(r"url\(([^)]*)\)", page.source):
+        assert address.startswith("#")
+    assert "@import" not in page.source
+    ids = [str(a["id"]) for _, a, _ in page.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    for _, attributes, _ in page.tags:
+        for key in ("aria-labelledby", "aria-describedby"):
+            assert set(str(attributes.get(key, "")).split()) <= set(ids)
+        if str(attributes.get("href", "")).startswith("#"):
+            assert str(attributes["href"])[1:] in ids
+    assert page.all("html") == [{"lang": "en"}]
+    assert {"header", "nav", "main", "footer"} <= set(names)
+    assert names.count("h1") == 1
+    levels = [int(name[1]) for name in names if re.fullmatch(r"h[1-6]", name)]
+    assert all(b <= a + 1 for a, b in pairwise(levels))
+    assert all(image["alt"] for image in page.all("img"))
+    for svg in page.all("svg"):
+        assert svg["role"] == "img"
+        assert svg["aria-labelledby"]
+    # beside each figure the same in numbers
+    tables = {str(a["id"]) for _, a, _ in page.tags if a.get("class") == "scroll" and "id" in a}
+    assert page.all("figure")
+    assert all(figure["aria-describedby"] in tables for figure in page.all("figure"))
+    for name, attributes, inside in page.tags:
+        if name == "th":
+            assert attributes["scope"] in ("row", "col")
+        if name == "pre" or attributes.get("class") == "scroll":
+            assert attributes["tabindex"] == "0", "what scrolls is reached by the keyboard"
+        if name == "caption":
+            assert inside[-1] == "table"
+    assert names.count("caption") == names.count("table")
+
+
+def selected(folder: Path, dataset: Any = 1, checkpoints: Any = DEMO_RUN, *scores: str, **options: Any) -> Page:
+    select_checkpoint(
+        dataset, checkpoints, list(scores) or "contrastive", output=folder, **{"num_slices": 16, **options}
+    )
+    page = Page(folder / "report.html")
+    check_that_it_stands_alone_and_can_be_read_by_all(page)
+    return page
+
+
+def content_of(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "selection.json").read_text(encoding="utf-8"))
+    return content
+
+
+@pytest.fixture
+def dataset(make_dataset: Callable[..., Path]) -> Path:
+    return make_dataset(1, num_cases=6)
+
+
+def test_the_page_says_what_selection_json_says(dataset: Path, tmp_path: Path) -> None:
+    page = selected(tmp_path / "chosen", seed=3)
+    content = content_of(tmp_path / "chosen")
+    losses = {c["label"]: c for c in content["expected_loss"]["checkpoints"]}
+    mine = losses["39"]
+    assert page.verdict.startswith("Start from epoch 39 of 39; ")
+    assert (
+        f"{100 * mine['expected_loss']:.2f} Dice points, 90 % interval {100 * mine['low']:.2f} to {100 * mine['high']:.2f}"
+        in page.verdict
+    )
+    cheaper = content["budget"][1]
+    assert (
+        f"stopping at epoch {cheaper['epoch']} could have saved {cheaper['saved_share']:.0%} of the run" in page.verdict
+    )
+    undecided = content["undecided"]
+    if len(undecided) > 1:
+        assert f"could not separate epochs {', '.join(undecided)}." in page.verdict
+    else:
+        assert f"would have taken epoch {undecided[0]}." in page.verdict
+    for entry in content["checkpoints"]:
+        row = " ".join(
+            [
+                f"epoch {entry['epoch']} {entry['value']:.4f} {entry['low']:.4f} to {entry['high']:.4f}",
+                f"{entry['probability_of_best_score']:.3f} {entry['logged_accuracy']:.2f}",
+                f"{100 * losses[str(entry['epoch'])]['expected_loss']:.2f}",
+            ]
+        )
+        assert row in re.sub(r"</t[dh]>", " ", page.source).replace("  ", " ").replace("<td>", "").replace(
+            '<th scope="row">', ""
+        )
+    for said in (
+        "seed 3",
+        content["choice"]["sha256"][:12],
+        "6 of 6",
+        "case_05",
+        "2 × 1 × 1",
+        "nnUNetv2_plan_and_preprocess -d 1 -c 2d",
+        f"mtl-nnunet plans -d 1 -selection {tmp_path / 'chosen'}",
+        *content["versions"].values(),
+    ):
+        assert said in page.words
+    num_views = 3
+    assert f"{(6 + 1) * 16 * num_views} forwards" in page.words
+
+
+def test_a_second_run_tells_what_was_kept(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
+    command = ["-d", "1", "-ckpt", str(DEMO_RUN), "-num_slices", "16", "-device", "cpu"]
+    folder = tmp_path / "Dataset001_Phantom" / "mtl_selection"
+    assert main(command) == 0
+    assert "had been made before" not in Page(folder / "report.html").words
+    assert main([*command, "--overwrite"]) == 0
+    words = Page(folder / "report.html").words
+    assert "0 forwards" in words
+    assert f"The other {7 * 16 * 3} forwards had been made before" in words
+    assert "nnUNetv2_train 1 2d 0 -tr MTLTrainer -device cpu" in words
+    assert f"mtl-select-checkpoint -d 1 -ckpt {DEMO_RUN}" in words
+
+
+def test_nothing_that_is_named_outside_becomes_markup(nnunet_folders: Path, tmp_path: Path) -> None:
+    folder = write_phantoms(nnunet_folders / "raw" / f"Dataset007_{HOSTILE}", channel_names=[HOSTILE])
+    for file in sorted(folder.rglob("case_*")):
+        file.rename(file.with_name(file.name.replace("case_", f"{HOSTILE} ")))
+    run = tmp_path / f"run{HOSTILE}"
+    run.mkdir()
+    names = [f"{HOSTILE}{letter}.pth.tar" for letter in "ab"]
+    for name, epoch in zip(names, (3, 39), strict=True):
+        shutil.copy(DEMO_RUN / f"checkpoint-{epoch}.pth.tar", run / name)
+    found = [replace(c, epoch=None, logged_accuracy=None) for n in names for c in find_checkpoints([run / n])]
+    page = selected(tmp_path / "chosen", f"Dataset007_{HOSTILE}", found, command=["mtl-select-checkpoint", HOSTILE])
+    assert page.words.count(HOSTILE) > 10
+    assert page.source.count("<img ") == page.source.count('<img src="data:image/png;base64,')
+    for svg in (tmp_path / "chosen").glob("*.svg"):
+        tags = {element.tag.rpartition("}")[2] for element in ElementTree.parse(svg).iter()}
+        assert not {"img", "script", "foreignObject", "a"} & tags
+
+
+def test_published_weights_have_no_epochs(dataset: Path, tmp_path: Path) -> None:
+    found = [
+        replace(
+            c,
+            epoch=None,
+            logged_accuracy=None,
+            published=Published(f"timm:net.{i}", "timm/net", "1" * 40, "cc-by-nc-4.0"),
+        )
+        for i, c in enumerate(find_checkpoints(DEMO_RUN)[-3:])
+    ]
+    page = selected(tmp_path / "chosen", 1, found)
+    chosen = content_of(tmp_path / "chosen")["choice"]["published"]["name"]
+    assert page.verdict.startswith(f"Start from {chosen.partition(':')[2]}, one of 3 checkpoints (best score)")
+    assert "epoch" not in page.verdict
+    assert "forbids commercial use" in page.words
+    assert "licence cc-by-nc-4.0" in page.words
+    assert not (tmp_path / "chosen" / "expected_loss.png").exists()
+
+
+def test_steps_and_no_epochs(dataset: Path, tmp_path: Path) -> None:
+    found = [replace(c, epoch=None, step=1000 * (i + 1)) for i, c in enumerate(find_checkpoints(DEMO_RUN)[-3:])]
+    page = selected(tmp_path / "chosen", 1, found)
+    assert page.verdict.startswith("Start from step 3000, one of 3 checkpoints (last epoch)")
+    assert "pretraining step" in page.source
+
+
+def test_one_checkpoint_is_no_choice(dataset: Path, tmp_path: Path) -> None:
+    page = selected(tmp_path / "chosen", 1, [DEMO_RUN / "checkpoint-39.pth.tar"])
+    assert page.verdict == "Start from epoch 39, the only checkpoint."
+    assert "nothing was chosen" in page.words
+
+
+def test_a_race_says_what_it_saved(make_dataset: Callable[..., Path], tmp_path: Path) -> None:
+    make_dataset(2, num_cases=20)
+    page = selected(tmp_path / "chosen", 2, race=True, num_slices=40)
+    out = [c for c in content_of(tmp_path / "chosen")["checkpoints"] if "out_after_patients" in c]
+    assert out
+    assert all(f"out after {c['out_after_patients']} patients" in page.words for c in out)
+    assert re.search(r"The race took \d+ % of the 840 forwards", page.words)
+
+
+def test_scores_with_labels_show_them_and_every_level(dataset: Path, tmp_path: Path) -> None:
+    page = selected(tmp_path / "chosen", 1, DEMO_RUN, "ccfv", "rankme", fold=0)
+    content = content_of(tmp_path / "chosen")
+    assert all(f"Level {level}" in page.text["levels"] for level in content["choice"]["levels"])
+    assert all(f"{v:.4f}" in page.text["levels"] for c in content["checkpoints"] for v in c["levels"].values())
+    assert "rankme" in page.text["others"]
+    assert "slice and label" in page.text["slices"]
+    assert "without those of fold 0" in page.words
+    assert "without views" in page.text["slices"]
+    assert (tmp_path / "chosen" / "levels.svg").is_file()
+
+
+def test_a_folder_of_photographs(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for i in range(4):
+        pixels = rng.integers(0, 255, (70, 90, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{i}.png")
+    page = selected(tmp_path / "chosen", str(tmp_path / "images"))
+    assert "not stated" in page.text["data"]
+    assert "state an orientation" in page.text["slices"]
+    assert "nnUNetv2" not in page.words
+    assert "From Python" in page.words
+
+
+def pictures_of(page: Page, case: str, position: str) -> list[np.ndarray]:
+    found = [i for i in page.all("img") if re.search(rf"of case {case}, slice {position}\b", str(i["alt"]))]
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(str(i["src"]).partition(",")[2])))) for i in found]
+
+
+@pytest.mark.parametrize("score", ["contrastive", "robustness"])
+def test_pictures_are_what_was_scored(dataset: Path, tmp_path: Path, score: str) -> None:
+    page = selected(tmp_path / "chosen", 1, DEMO_RUN, score, seed=5)
+    slices = gather_slices(find_nnunet_dataset(1), 16, 64, 5)
+    kind, number = ("scanner", 3) if score == "contrastive" else ("paper", 2)
+    views = make_views(slices.images, kind, number, 5).numpy()
+    ((low, high),) = shown_ranges(slices)
+    shown = re.findall(r'alt="slice of case (\w+), slice (\d+)', page.source)
+    assert len(shown) >= 3
+    for case, position in shown:
+        (place,) = [i for i in range(16) if slices.cases[i] == case and slices.positions[i] == int(position)]
+        expected = [slices.images[place, 0].numpy(), *views[:, place, 0]]
+        for picture, pixels in zip(pictures_of(page, case, position), expected, strict=True):
+            assert np.abs(picture - 255 * np.clip((pixels - low) / (high - low), 0, 1)).max() <= 0.5 + 1e-3
+
+
+def test_orientation_is_where_the_axes_point_to_in_the_patient(tmp_path: Path) -> None:
+    voxels = np.zeros((4, 5, 6), np.float32)
+    # in nibabel's world x runs to the right, y to the front, z up
+    for affine, letters in (
+        (np.diag([1.0, 1, 1, 1]), "RAS"),
+        (np.diag([-1.0, -1, 1, 1]), "LPS"),
+        (np.array([[0, 0, 2.0, 0], [-1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]]), "PSR"),
+    ):
+        nibabel.save(nibabel.Nifti1Image(voxels, affine), tmp_path / "a.nii.gz")
+        assert orientation(Case("a", "a", (tmp_path / "a.nii.gz",)), "SimpleITKIO") == letters
+        assert orientation(Case("a", "a", (tmp_path / "a.nii.gz",)), "NibabelIOWithReorient") == "RAS"
+        # ITK's own reader and writer agree
+        sitk.WriteImage(sitk.ReadImage(str(tmp_path / "a.nii.gz")), str(tmp_path / "a.nrrd"))
+        assert orientation(Case("a", "a", (tmp_path / "a.nrrd",)), "SimpleITKIO") == letters
+    silent = nibabel.Nifti1Image(voxels, None)
+    silent.header["sform_code"] = silent.header["qform_code"] = 0
+    nibabel.save(silent, tmp_path / "b.nii")
+    assert orientation(Case("b", "b", (tmp_path / "b.nii",)), "SimpleITKIO") is None
+    assert orientation(Case("c", "c", (tmp_path / "gone.nii",)), "SimpleITKIO") is None
+
+
+def test_edges_show_the_corner_that_was_marked(tmp_path: Path) -> None:
+    # a bright spot at the patient's left front, in three orientations
+    for directions in ("LPS", "RAS", "LAS"):
+        array = np.zeros((3, 8, 8), np.float32)
+        row, column = (0 if directions[1] == "P" else 7), (7 if directions[0] == "L" else 0)
+        array[1, row, column] = 1
+        image = sitk.GetImageFromArray(array)
+        image.SetDirection(sitk.DICOMOrientImageFilter.GetDirectionCosinesFromOrientation(directions))
+        sitk.WriteImage(image, str(tmp_path / "a.nii.gz"))
+        edges = edges_of(0, orientation(Case("a", "a", (tmp_path / "a.nii.gz",)), "SimpleITKIO"))
+        assert edges[0 if row == 0 else 1] == "A"
+        assert edges[2 + (column == 7)] == "L"
+
+
+def browser(page: Path, *options: str, folder: Path) -> subprocess.CompletedProcess[bytes]:
+    command = [
+        *(str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
+        *("--enable-logging=stderr", f"--user-data-dir={folder}", "--allow-file-access-from-files"),
+    ]
+    return subprocess.run([*command, *options, page.as_uri()], check=True, capture_output=True, timeout=300)
+
+
+@needs_chromium
+def test_a_browser_shows_it_without_a_complaint(dataset: Path, tmp_path: Path) -> None:
+    page = selected(tmp_path / "chosen")
+    report, profile = tmp_path / "chosen" / "report.html", tmp_path / "profile"
+    complaining = tmp_path / "complaining.html"
+    complaining.write_text("<script>console.error('seen')</script>")
+    assert b"CONSOLE" in browser(complaining, "--dump-dom", folder=profile).stderr, "the test would see a complaint"
+    shown = browser(report, "--dump-dom", folder=profile)
+    assert b"CONSOLE" not in shown.stderr
+    assert page.verdict in shown.stdout.decode()
+    # as the browser understood it, the figures are inside it still
+    assert shown.stdout.count(b"<svg ") == 2
+    shades = {}
+    for name, scheme in (("light", 1), ("dark", 0)):
+        picture = tmp_path / f"{name}.png"
+        size = "--window-size=900,1200"
+        browser(
+            report, size, f"--blink-settings=preferredColorScheme={scheme}", f"--screenshot={picture}", folder=profile
+        )
+        pixels = np.asarray(Image.open(picture).convert("L"))
+        shades[name] = float(np.median(pixels))
+        assert pixels.std() > 10
+    assert shades["light"] > 230
+    assert shades["dark"] < 60
+    browser(report, f"--print-to-pdf={tmp_path / 'report.pdf'}", folder=profile)
+    assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF")
+    phone = tmp_path / "phone.html"
+    phone.write_text(
+        f"<body style='margin:0'><iframe width=375 height=800 style='border:0' src='{report.as_uri()}' "
+        "onload='document.title = this.contentDocument.documentElement.scrollWidth'></iframe>"
+    )
+    title = re.search(rb"<title>(\d+)</title>", browser(phone, "--dump-dom", folder=profile).stdout)
+    assert title
+    assert int(title[1]) <= 375, "nothing is wider than a phone"
