@@ -126,7 +126,7 @@ def _shown_places(slices: Slices) -> dict[int, str]:
 def are_colours(channel_names: Sequence[str]) -> bool:
     """Whether the channels are those of a photograph.
 
-    Example:
+    Examples:
         >>> are_colours(["R", "G", "B"]), are_colours(["T1", "T2", "FLAIR"])
         (True, False)
     """
@@ -192,7 +192,7 @@ def edges_of(axis: int, orientation: str | None) -> str:
         axis: Slicing axis of (z, y, x); the others are rows and columns, in this order, rows downwards.
         orientation: Where x, y and z point to.
 
-    Example:
+    Examples:
         >>> edges_of(0, "LPS"), edges_of(2, "RAS"), edges_of(0, None)
         ('APRL', 'ISPA', '')
     """
