@@ -337,7 +337,7 @@ def _prepared(dataset: Dataset, selection: Selection | None, num_cases: int) -> 
     """How slices of the dataset are prepared for the encoder: as they were for scoring."""
     if selection is not None:
         content = json.loads((selection.folder / SELECTION_FILE).read_text(encoding="utf-8"))
-        difference = _difference(content["dataset"], dataset)
+        difference = _difference(content.get("dataset"), dataset)
         if difference is None:
             stated = content["slices"]
             return {
@@ -360,8 +360,10 @@ def _prepared(dataset: Dataset, selection: Selection | None, num_cases: int) -> 
     }
 
 
-def _difference(stated: dict[str, Any], dataset: Dataset) -> str | None:
+def _difference(stated: Any, dataset: Dataset) -> str | None:
     """What tells the dataset of a selection from another one; None where its cases are cases of that."""
+    if not isinstance(stated, dict) or not {"channel_names", "cases_used"} <= set(stated):
+        return "it does not state its cases"
     # folders of one name may hold anything
     if tuple(stated["channel_names"]) != dataset.channel_names:
         return f"its channels are {listed(list(stated['channel_names']))}, not {listed(list(dataset.channel_names))}"
