@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 
 from mtl_nnunet import bundles
 from mtl_nnunet.cli.main import main
+from mtl_nnunet.components import MonaiUNet
+from mtl_nnunet.components.data import split_cases
 from mtl_nnunet.components.metadata import data_format
 from mtl_nnunet.components.plan import UNTRAINED
 from mtl_nnunet.errors import UserError
@@ -183,7 +186,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
         "fresh metadata": ["verify_metadata", *meta, "--filepath", root / "schema.json"],
         "fresh network": ["verify_net_in_out", "network_def", *network],
         "select": run("select", dataset_dir=dataset, checkpoints=DEMO_RUN, num_slices=12, scores="['rankme','contrastive']"),
-        "train": run("train", dataset_dir=dataset, epochs=12, val_interval=6, batch_size=1, num_samples=8, learning_rate=0.003),
+        "train": run("train", dataset_dir=dataset, epochs=12, val_interval=5, fold=1, batch_size=1, num_samples=8, learning_rate=0.003),
         "evaluate": run("train", "evaluate", dataset_dir=dataset),
         "inference": run("inference", dataset_dir=dataset / "imagesTr"),
         "metadata": ["verify_metadata", *meta, "--filepath", root / "schema.json"],
@@ -207,16 +210,27 @@ def test_training_starts_from_the_pick_and_beats_the_untrained_network(trained: 
     assert record["sha256"] == sha256(trained.bundle / "models" / "model.pt")
     selected = json.loads((trained.bundle / "selection" / "selection.json").read_text())
     assert record["plan"]["selection"]["encoder_sha256"] == selected["encoder"]["sha256"]
-    assert record["epoch"] in (6, 12)
+    assert record["epoch"] in (5, 10, 12)
     assert "encoder: test_resnet from checkpoint" in trained.done["train"].out
     assert record["val_mean_dice"] > untrained_dice(trained.bundle, trained.dataset) + 0.2
     assert list((trained.bundle / "eval").glob("events.out.tfevents.*"))
+    assert re.findall(
+        r"Epoch\[(\d+)\] Metrics -- val_mean_dice", trained.done["train"].out + trained.done["train"].err
+    ) == ["5", "10", "12"]
+    # fold 1 was asked for in training and is not typed again for evaluation
+    split = split_cases(trained.dataset, 1)
+    assert record["split"] == {**split.record(), "fold": 1}
+    measured = [
+        re.split(r"[,\t]", row)[0]
+        for row in (trained.bundle / "eval" / "val_mean_dice_raw.csv").read_text().splitlines()[1:]
+    ]
+    assert sorted(Path(m).name for m in measured) == sorted(Path(e["image"]).name for e in split.validation)
 
 
 def test_evaluation_measures_in_the_images_geometry(trained: Trained) -> None:
     """Dice by MONAI on the validation cases is Dice of the segmentations that inference wrote of them."""
     rows = (trained.bundle / "eval" / "val_mean_dice_raw.csv").read_text().splitlines()
-    assert len(rows) == 1 + 2
+    assert len(rows) == 1 + len(split_cases(trained.dataset, 1).validation)
     for row in rows[1:]:
         file, *values = row.split(",") if "," in row else row.split("\t")
         name = Path(file).name.removesuffix("_0000.nii.gz")
@@ -284,21 +298,36 @@ def test_wrong_input_ends_in_one_clear_message(trained: Trained, tmp_path: Path)
     altered.mkdir()
     (altered / "model.pt").write_bytes((bundle / "models" / "model.pt").read_bytes() + b"x")
     (altered / "model.json").write_text(json.dumps(record))
+    odd_labels = write_odd_phantoms(tmp_path / "Dataset005_Odd", num_cases=5)
+    for file in (odd_labels / "labelsTr").iterdir():
+        label = nibabel.load(file)
+        nibabel.save(
+            nibabel.Nifti1Image(np.where(np.asarray(label.dataobj) == 2, 7, 1).astype(np.uint8), label.affine), file
+        )
+    own_names = tmp_path / "own_names"
+    own_names.mkdir()
+    shutil.copy(dataset / "imagesTr" / "case_00_0000.nii.gz", own_names / "scan.nii.gz")
     nowhere, elsewhere = tmp_path / "nowhere", tmp_path / "elsewhere"
     select = {"dataset_dir": dataset, "checkpoints": DEMO_RUN, "encoder__selection": elsewhere}
+    train = {"dataset_dir": dataset, "ckpt_dir": elsewhere}
     cases = {
         "no such dataset folder": run("select", **{**select, "dataset_dir": nowhere}),
         "unknown score 'accuracy'": run("select", **select, scores="accuracy"),
         "there are no checkpoints to choose from": run("select", dataset_dir=dataset),
         "does not fit timm encoder 'test_convnext'": run("select", **select, encoder__name="test_convnext"),
         "Pass --overwrite True to replace it": run("select", dataset_dir=dataset, checkpoints=DEMO_RUN),
-        r"no such dataset folder: .*nowhere": run("train", dataset_dir=nowhere),
-        "no selection in .* Run configs/select.yaml first": run("train", dataset_dir=dataset, encoder__selection=nowhere),
-        "is of timm encoder 'test_resnet', not of 'convnext_tiny'": run("train", dataset_dir=dataset, encoder__name="convnext_tiny"),
-        "knows no encoder 'resnet5'. Did you mean": run("train", dataset_dir=dataset, encoder__name="resnet5", encoder__weights="random"),
-        "images of 1 channels .* has 2": run("train", dataset_dir=two_channels),
-        "no fold 9": run("train", dataset_dir=dataset, fold=9),
-        "learning rate|lr=-1": run("train", dataset_dir=dataset, learning_rate=-1),
+        r"no such dataset folder: .*nowhere": run("train", **{**train, "dataset_dir": nowhere}),
+        "no selection in .* Run configs/select.yaml first": run("train", **train, encoder__selection=nowhere),
+        "is of timm encoder 'test_resnet', not of 'convnext_tiny'": run("train", **train, encoder__name="convnext_tiny"),
+        "knows no encoder 'resnet5'. Did you mean": run("train", **train, encoder__name="resnet5", encoder__weights="random"),
+        "images of 1 channels .* has 2": run("train", **{**train, "dataset_dir": two_channels}),
+        "no fold 9": run("train", **train, fold=9),
+        "learning rate|lr=-1": run("train", **train, learning_rate=-1),
+        r"model\.pt exists already\. Pass --overwrite True": run("train", dataset_dir=dataset),
+        r"was trained on \d of these \d cases": run("train", "evaluate", dataset_dir=dataset, fold=0),
+        r"lacks \d of the \d validation cases|images of 1 channels": run("train", "evaluate", dataset_dir=two_channels),
+        r"holds 7; expected whole numbers from 0 to 2": run("train", **{**train, "dataset_dir": odd_labels}, encoder__name="test_resnet", encoder__weights="random"),
+        "would replace the images that they are of": run("inference", dataset_dir=own_names, output_dir=own_names),
         "no such folder of images": run("inference", dataset_dir=nowhere),
         "no trained model .* Run configs/train.yaml first": run("inference", dataset_dir=dataset / "imagesTr", model=nowhere / "model.pt"),
         "is of another network than this config's": run("inference", dataset_dir=dataset / "imagesTr", model=other / "model.pt"),
@@ -312,6 +341,8 @@ def test_wrong_input_ends_in_one_clear_message(trained: Trained, tmp_path: Path)
         assert re.search(message, done.last_line), f"{message}\n{done.last_line}"
         assert "Traceback" in done.err
     assert not elsewhere.exists()
+    assert json.loads((bundle / "models" / "model.json").read_text()) == record
+    assert nibabel.load(own_names / "scan.nii.gz").get_data_dtype() == np.float32
 
 
 def test_volumes_channels_and_other_encoders(trained: Trained, tmp_path: Path) -> None:
@@ -344,7 +375,7 @@ def test_the_workflow_has_what_monai_apps_ask_for(trained: Trained) -> None:
         workflow = ConfigWorkflow(
             str(configs / f"{name}.yaml"), workflow_type=kind, logging_file=str(configs / "logging.conf")
         )
-        workflow.parser.update({"bundle_root": str(trained.bundle), "dataset_dir": str(trained.dataset / ("imagesTr" if kind == "infer" else ""))})  # fmt: skip
+        workflow.parser.update({"overwrite": True, "bundle_root": str(trained.bundle), "dataset_dir": str(trained.dataset / ("imagesTr" if kind == "infer" else ""))})  # fmt: skip
         workflow.initialize()
         assert workflow.check_properties() == []
 
@@ -401,11 +432,23 @@ def test_metadata_by_the_schema_itself(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_several_processes_train_one_network(tmp_path: Path) -> None:
-    """multi_gpu_train.yaml, on two processes without GPUs."""
+    """multi_gpu_train.yaml, on two processes without GPUs: each learns from other cases, and both end with the same weights."""
     dataset = write_odd_phantoms(tmp_path / "Dataset001_Phantom")
     bundle = tmp_path / "bundle"
     assert main(["bundle", str(bundle)]) == 0
-    overrides = run("train", "multi_gpu_train", dataset_dir=dataset, encoder__name="test_resnet", encoder__weights="random",
+    state = "@network_def.state_dict(), @bundle_root + "
+    (bundle / "configs" / "watch.yaml").write_text(
+        f"""
+run:
+- "$torch.save({state}'/before' + str(@rank) + '.pt')"
+- $@train#trainer.run()
+finalize:
+- "$torch.save({state}'/after' + str(@rank) + '.pt')"
+- "$torch.save(list(@train#sampler), @bundle_root + '/cases' + str(@rank) + '.pt')"
+- "$dist.destroy_process_group()"
+"""
+    )
+    overrides = run("train", "multi_gpu_train", "watch", dataset_dir=dataset, encoder__name="test_resnet", encoder__weights="random",
                     epochs=2, val_interval=1, backend="gloo", device="$torch.device('cpu')")  # fmt: skip
     command = [
         sys.executable,
@@ -423,6 +466,20 @@ def test_several_processes_train_one_network(tmp_path: Path) -> None:
     assert record["sha256"] == sha256(bundle / "models" / "model.pt")
     names = list(torch.load(bundle / "models" / "model.pt", weights_only=True))
     assert not [name for name in names if name.startswith("module.")]
+    before, after, cases = (
+        [torch.load(bundle / f"{what}{rank}.pt", weights_only=True) for rank in range(2)]
+        for what in ("before", "after", "cases")
+    )
+    assert sorted(cases[0] + cases[1]) == list(range(4))
+    learnt = [name for name, _ in MonaiUNet("test_resnet", 1, 3).named_parameters()]
+    assert all(torch.equal(after[0][name], after[1][name]) for name in learnt)
+    moved = [name for name in learnt if not torch.equal(before[0][name], after[0][name])]
+    assert len(moved) > 0.8 * len(learnt)
+    # more processes than validation cases
+    alone = [*command, *overrides, "--fold", "1", "--ckpt_dir", str(tmp_path / "other")]
+    done = subprocess.run(alone, cwd=bundle, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "mtl-nnunet: 2 processes share 1 validation cases, and each needs one" in done.stderr
 
 
 @pytest.mark.slow

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import nibabel
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import phantom, write_image, write_phantoms
 from monai.bundle import ConfigParser
@@ -22,6 +24,7 @@ from torch import Tensor
 from mtl_nnunet import bundles, components
 from mtl_nnunet.cases import find_dataset_folder
 from mtl_nnunet.components.data import class_names, labelled_dataset
+from mtl_nnunet.components.metadata import data_format
 from mtl_nnunet.components.plan import UNTRAINED, plane_last, read_record, record_file, record_of
 from mtl_nnunet.components.unet import encoder_strides, network_shape
 from mtl_nnunet.errors import UserError
@@ -56,6 +59,7 @@ def prepared(dataset: Path, axis: int, channels: tuple[str, ...], use_mask: bool
             **UNTRAINED.__dict__,
             "axis": axis,
             "channel_names": channels,
+            "labels": ("background", "ball", "core"),
             "use_mask_for_norm": use_mask,
             "intensities": intensities,
         }
@@ -291,6 +295,32 @@ def test_another_datasets_selection_is_refused_only_for_other_channels(
     assert "was made on Dataset001_Phantom, and this is Dataset003_Other" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"seed": 50}, r"case case_\d\d has other files here"),
+        ({"channel_names": ("CT",)}, "its channels are MRI, not CT"),
+        ({"num_cases": 3}, r"there is no case case_\d\d here"),
+    ],
+)
+def test_a_folder_of_the_same_name_is_not_the_same_dataset(
+    selection: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, changes: dict[str, Any], reason: str
+) -> None:
+    other = write_phantoms(tmp_path / "Dataset001_Phantom", spacing=(3.0, 1.5, 1.5), **changes)
+    plan = components.plan_training(other, selection)
+    assert plan.spacing == (3.0, 1.5, 1.5)
+    assert bool(plan.intensities) == ("channel_names" in changes)
+    assert re.search(reason, caplog.text), caplog.text
+
+
+def test_a_dataset_that_was_renamed_is_the_same(
+    selection: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renamed = write_phantoms(tmp_path / "Dataset007_Renamed")
+    monkeypatch.setattr("mtl_nnunet.components.plan.gather_slices", None)
+    assert components.plan_training(renamed, selection).spacing == (2.0, 1.0, 1.0)
+
+
 def test_folds_are_nnunets(make_dataset: Callable[..., Path], nnunet_folders: Path) -> None:
     from nnunetv2.utilities.crossval_split import generate_crossval_split
 
@@ -323,7 +353,7 @@ def test_a_datalist_with_channels_in_one_file_and_a_validation_of_its_own(tmp_pa
     for i in range(4):
         image, label = phantom((8, 24, 20), seed=i, channels=2)
         nibabel.save(nibabel.Nifti1Image(image.transpose(3, 2, 1, 0), np.eye(4)), tmp_path / f"image_{i}.nii.gz")
-        write_image(tmp_path / f"label_{i}.nii.gz", label)
+        nibabel.save(nibabel.Nifti1Image(label.transpose(2, 1, 0), np.eye(4)), tmp_path / f"label_{i}.nii.gz")
         entries.append({"image": f"./image_{i}.nii.gz", "label": f"./label_{i}.nii.gz"})
     content = {
         "modality": {"0": "T1", "1": "T2"},
@@ -342,9 +372,273 @@ def test_a_datalist_with_channels_in_one_file_and_a_validation_of_its_own(tmp_pa
     assert item["label"].shape == (1, 8, 24, 20)
 
 
+def write_datalist(
+    folder: Path, training: Iterable[int], validation: Iterable[int] = (), more: Iterable[dict[str, str]] = ()
+) -> Path:
+    """Six cases c0 to c5, in the lists that are given by number; a negative one has no label."""
+    folder.mkdir(exist_ok=True)
+    for i in range(6):
+        image, label = phantom((4, 16, 16), seed=i)
+        write_image(folder / f"c{i}.nii.gz", image[0])
+        write_image(folder / f"l{i}.nii.gz", label)
+
+    def entries(numbers: Iterable[int]) -> list[dict[str, str]]:
+        return [{"image": f"c{abs(i)}.nii.gz", **({"label": f"l{i}.nii.gz"} if i >= 0 else {})} for i in numbers]
+
+    labels = {"0": "background", "1": "ball", "2": "core"}
+    content = {"modality": {"0": "MRI"}, "labels": labels, "training": entries(training), "validation": [*entries(validation), *more]}  # fmt: skip
+    (folder / "dataset.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_a_validation_of_its_own_shares_nothing_with_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write_datalist(tmp_path / "data", [0, 1, 2, 3], [3, 4])
+    with pytest.raises(UserError, match=r"1 cases are in 'training' and in 'validation' \(c3\)"):
+        components.split_cases(folder)
+    (folder / "other.nii.gz").symlink_to(folder / "c0.nii.gz")
+    write_datalist(folder, [0, 1, 2], more=[{"image": "other.nii.gz", "label": "l0.nii.gz"}])
+    with pytest.raises(UserError, match="in 'training' and in 'validation'"):
+        components.split_cases(folder)
+    write_datalist(folder, [0, 1, 2], [4, -5])
+    with pytest.raises(UserError, match=r"1 of 2 entries of 'validation' have no label .*c5"):
+        components.split_cases(folder)
+    write_datalist(folder, [0, 1, 2], more=[{"image": "c4.nii.gz", "label": "gone.nii.gz"}])
+    with pytest.raises(UserError, match=r"do not exist \(.*gone"):
+        components.split_cases(folder)
+    write_datalist(folder, [0, 1, 2, 3], [-4, -5])
+    assert len(components.split_cases(folder, 1).validation) == 1
+    assert "no entry of 'validation' has a label" in caplog.text
+    write_datalist(folder, [0, 1, 2, 3], [4, 5])
+    split = components.split_cases(folder)
+    assert split.record() == {
+        "fold": None,
+        "training": [f"c{i}.nii.gz" for i in range(4)],
+        "validation": ["c4.nii.gz", "c5.nii.gz"],
+    }
+    for fold in (1, 99):
+        with pytest.raises(UserError, match=f"there is no fold {fold}"):
+            components.split_cases(folder, fold)
+    (folder / "patients.csv").write_text("case,patient\n" + "".join(f"c{i},p{i // 2}\n" for i in range(6)))
+    assert len(components.split_cases(folder).validation) == 2
+    (folder / "patients.csv").write_text("case,patient\n" + "".join(f"c{i},p{i // 3}\n" for i in range(6)))
+    with pytest.raises(UserError, match=r"1 patients have cases in 'training' and in 'validation' \(p1\)"):
+        components.split_cases(folder)
+    (folder / "patients.csv").write_text("case,patient\n" + "".join(f"c{i},p{i}\n" for i in range(5)))
+    with pytest.raises(UserError, match=r"gives no patient for 1 cases \(c5\)"):
+        components.split_cases(folder)
+
+
+def test_a_model_is_measured_on_what_it_never_saw(tmp_path: Path) -> None:
+    folder = write_datalist(tmp_path / "data", range(6), [])
+    model = tmp_path / "model.pt"
+    model.write_bytes(b"weights")
+    split = components.split_cases(folder, 1)
+    record_file(model).write_text(to_json(record_of(model, UNTRAINED, 0.5, 3, split)))
+    assert components.cases_to_evaluate(folder, model).validation == split.validation
+    moved = folder.rename(tmp_path / "moved")
+    by_record = components.cases_to_evaluate(moved, model).validation
+    assert [Path(e["image"]).name for e in by_record] == [Path(e["image"]).name for e in split.validation]
+    with pytest.raises(UserError, match=r"was trained on \d of these \d cases"):
+        components.cases_to_evaluate(moved, model, fold=0)
+    assert components.cases_to_evaluate(moved, model, fold=1).validation == by_record
+    # a table that came later says that a patient is on both sides
+    (moved / "patients.csv").write_text("case,patient\n" + "".join(f"c{i},p\n" for i in range(6)))
+    with pytest.raises(UserError, match="or on their patients"):
+        components.cases_to_evaluate(moved, model)
+    (moved / "patients.csv").unlink()
+    gone = Path(split.validation[0]["image"]).name
+    left = [i for i in range(6) if f"c{i}.nii.gz" != gone]
+    write_datalist(moved, left, [])
+    with pytest.raises(UserError, match=rf"lacks 1 of the \d validation cases of .* \({gone}\)"):
+        components.cases_to_evaluate(moved, model)
+    record_file(model).write_text(to_json(record_of(model, UNTRAINED, 0.5, 3)))
+    with pytest.raises(UserError, match="does not state which cases"):
+        components.cases_to_evaluate(moved, model)
+
+
+def test_evaluate_takes_the_split_of_the_record(tmp_path: Path) -> None:
+    """The shipped evaluate.yaml, of a model that was trained with --fold 1, where --fold is not typed again."""
+    folder = write_datalist(tmp_path / "data", range(6), [])
+    parser = ConfigParser()
+    parser.read_config([str(bundles.SHIPPED / "configs" / f"{name}.yaml") for name in ("train", "evaluate")])
+    parser.update({"dataset_dir": str(folder), "bundle_root": str(tmp_path)})
+    (tmp_path / "models").mkdir()
+    model = saved_model(tmp_path / "models", components.MonaiUNet(**UNTRAINED.network), components.split_cases(folder, 1))  # fmt: skip
+    assert parser.get_parsed_content("cases").validation == components.split_cases(folder, 1).validation
+    assert model.is_file()
+
+
+def test_a_label_lies_on_its_image_and_holds_named_classes(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    image = nibabel.Nifti1Image(rng.normal(100, 20, (20, 24, 6)).astype(np.float32), np.diag([1, 1, 2, 1]))
+    nibabel.save(image, tmp_path / "image.nii.gz")
+    ones = np.ones((20, 24, 6), np.uint8)
+    rounded, mirrored, moved = np.diag([1.0, 1, 2, 1]), np.diag([-1.0, 1, 2, 1]), np.diag([1.0, 1, 2, 1])
+    rounded[0, 0] += 1e-3
+    moved[1, 3] = 3
+    labels: dict[str, tuple[np.ndarray, np.ndarray, str | None]] = {
+        "right": (2 * ones, image.affine, None),
+        "rounded": (ones, rounded, None),
+        "shape": (np.ones((40, 48, 6), np.uint8), np.diag([0.5, 0.5, 2, 1]), r"shape \(40, 48, 6\).*\(20, 24, 6\)"),
+        "mirrored": (ones, mirrored, "lies elsewhere than its image .* up to 38 voxels"),
+        "moved": (ones, moved, "up to 3 voxels"),
+        "unnamed": (3 * ones, image.affine, "holds 3; expected whole numbers from 0 to 2"),
+        "negative": (-ones.astype(np.int16), image.affine, "holds -1;"),
+        "halves": (0.5 * ones.astype(np.float32), image.affine, r"holds 0\.5;"),
+        "nan": (np.nan * ones.astype(np.float32), image.affine, "holds nan;"),
+    }
+    # the shipped pipelines check, and nothing before them stops
+    transforms = {"train": prepared(tmp_path, 0, ("MRI",), False, {})}
+    for name, (voxels, affine, message) in labels.items():
+        file = tmp_path / f"{name}.nii.gz"
+        nibabel.save(nibabel.Nifti1Image(voxels, affine), file)
+        entry = {"image": str(tmp_path / "image.nii.gz"), "label": str(file)}
+        if message is None:
+            assert transforms["train"](entry)["label"].shape == (1, 6, 24, 20)
+            continue
+        with pytest.raises(RuntimeError) as raised:
+            transforms["train"](entry)
+        found = str(message_behind(raised.value))
+        assert re.search(message, found), found
+        assert f"{name}.nii.gz" in found
+
+
+def test_configs_prepare_images_in_one_way() -> None:
+    """train, evaluate and inference type the transforms of the image out; they must not drift apart."""
+
+    def of_image(transforms: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        found = []
+        for transform in transforms:
+            keys = transform["keys"]
+            if "image" not in ([keys] if isinstance(keys, str) else keys):
+                continue
+            settings = {k: v for k, v in transform.items() if k != "keys"}
+            # modes are one for each key
+            if isinstance(settings.get("mode"), list):
+                settings["mode"] = settings["mode"][keys.index("image")]
+            found.append(settings)
+        return found
+
+    def config(*names: str) -> ConfigParser:
+        parser = ConfigParser()
+        parser.read_config([str(bundles.SHIPPED / "configs" / f"{name}.yaml") for name in names])
+        return parser
+
+    training = of_image(config("train")["train#deterministic_transforms"])
+    assert len(training) == 7
+    assert of_image(config("train", "evaluate")["validate#preprocessing#transforms"]) == training
+    assert of_image(config("inference")["preprocessing#transforms"]) == training
+
+
+def test_what_a_config_gets_wrong_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="axis is 3; expected 0, 1 or 2"):
+        components.SliceAxisFirstd("image", axis=3)
+    with pytest.raises(UserError, match=r"unknown mode 'cubic'\. Available: linear, bilinear"):
+        components.SpacingAsNnunetd("image", [1, 1, 1], mode="cubic")
+    with pytest.raises(UserError, match="a number for each of three axes"):
+        components.SpacingAsNnunetd("image", [1, 1])
+    before = volume((1, 6, 8, 10))
+    same = [components.SpacingAsNnunet([-1, 0.7, 1.3], mode)(before) for mode in ("linear", "bilinear", "trilinear")]
+    assert all(torch.equal(same[0].as_tensor(), other.as_tensor()) for other in same[1:])
+    for name in ("CT", "ct"):
+        with pytest.raises(UserError, match="channel 1 is CT, and its intensities lack mean, std"):
+            components.NormalizeAsNnunetd("image", ["MRI", name])
+    with pytest.raises(UserError, match="lack std, percentile"):
+        components.NormalizeAsNnunetd("image", ["CT"], intensities={"0": {"mean": 1.0}})
+    with pytest.raises(UserError, match=r"has 2 axes, and volumes of three are read\. Write 2D images"):
+        components.SliceAxisFirstd("image")({"image": MetaTensor(torch.rand(1, 8, 8))})
+    with pytest.raises(UserError, match="'pred' does not say which image file it is of"):
+        components.SaveSegmentationd("pred", tmp_path)({"pred": torch.zeros(1, 3, 3, 3)})
+    with pytest.raises(UserError, match=r"a rule has no field nme\. Available: name, price"):
+        components.transferability_handler(tmp_path, tmp_path, torch.nn.Identity(), rule={"nme": "patience"})
+    with pytest.raises(UserError, match="val_interval is 0"):
+        components.ValidateEvery(None, 0)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("patch_size", None),
+        ("patch_size", [64]),
+        ("patch_size", [64, "64"]),
+        ("channel_names", 5),
+        ("labels", ["background", 1]),
+        ("axis", 3),
+        ("spacing", [1.0, 1.0, 0.0]),
+        ("strides", [[1, 1], [2]]),
+        ("kernel_sizes", [3, 3]),
+        ("spatial_dims", "2"),
+        ("intensities", []),
+    ],
+)
+def test_a_record_with_fields_that_cannot_be_is_damaged(tmp_path: Path, field: str, value: Any) -> None:
+    model = tmp_path / "model.pt"
+    model.write_bytes(b"weights")
+    record = record_of(model, UNTRAINED, None, None)
+    record["plan"][field] = value
+    record_file(model).write_text(to_json(record))
+    with pytest.raises(UserError, match=f"is damaged .*{field}"):
+        components.read_plan(model)
+
+
+def test_a_header_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
+    folder = write_datalist(tmp_path / "data", range(6), [])
+    assert components.plan_training(folder, "none", "test_resnet", "random").spacing == (1.0, 1.0, 1.0)
+    image = nibabel.load(folder / "c3.nii.gz")
+    odd = nibabel.Nifti1Image(np.asarray(image.dataobj), np.eye(4))
+    odd.header.set_zooms((2, 2, 5))
+    nibabel.save(odd, folder / "c3.nii.gz")
+    with pytest.raises(UserError, match=r"c3\.nii\.gz states voxels of 2 x 2 x 5 mm, and 1 x 1 x 1 mm by its affine"):
+        components.plan_training(folder, "none", "test_resnet", "random", spacing=[1, 1, 1])
+
+
+@pytest.mark.parametrize(("epochs", "interval", "expected"), [(7, 3, [3, 6, 7]), (6, 3, [3, 6]), (2, 5, [2])])
+def test_the_last_epoch_is_validated(epochs: int, interval: int, expected: list[int]) -> None:
+    from ignite.engine import Engine
+
+    seen: list[int] = []
+    validator = Engine(lambda engine, batch: None)
+    validator_run = validator.run
+    trainer = Engine(lambda engine, batch: None)
+    validator.run = lambda epoch: (seen.append(epoch), validator_run([0], 1))[1]  # type: ignore[assignment]
+    components.ValidateEvery(validator, interval).attach(trainer)
+    trainer.run([0], max_epochs=epochs)
+    assert seen == expected
+
+
+def test_a_trained_model_is_kept(tmp_path: Path) -> None:
+    components.keep_trained(tmp_path / "model.pt")
+    (tmp_path / "model.pt").write_bytes(b"weights")
+    components.keep_trained(tmp_path / "model.pt", overwrite=True)
+    for names in (["train"], ["train", "multi_gpu_train"]):
+        parser = ConfigParser()
+        parser.read_config([str(bundles.SHIPPED / "configs" / f"{name}.yaml") for name in names])
+        parser.update({"ckpt_dir": str(tmp_path), "rank": 0, "device": "$torch.device('cpu')"})
+        check = next(i for i, line in enumerate(parser["initialize"]) if "keep_trained" in line)
+        with pytest.raises(RuntimeError) as raised:
+            parser.get_parsed_content(f"initialize#{check}")
+        assert "exists already. Pass --overwrite True" in str(message_behind(raised.value))
+
+
+def test_processes_without_a_case_are_refused() -> None:
+    cases = components.Split([{"image": "a"}] * 4, [{"image": "b"}])
+    components.enough_to_share(cases, 1)
+    with pytest.raises(UserError, match="2 processes share 1 validation cases, and each needs one"):
+        components.enough_to_share(cases, 2)
+
+
+def test_ct_is_ct_in_any_case() -> None:
+    """As nnU-Net takes it, which is what normalises."""
+    for name in ("CT", "ct", "Ct"):
+        plan = UNTRAINED.__class__(**{**UNTRAINED.__dict__, "channel_names": (name,)})
+        assert data_format(plan)["inputs"]["image"]["format"] == "hounsfield"
+
+
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
+        ({"background": 0, "a": 1, "b": "two"}, "labels without a whole number .b: two"),
+        ({"background": "x", "a": 1}, "labels without a whole number"),
         (None, "states no 'labels'"),
         ({"background": 0, "whole": [1, 2]}, "regions"),
         ({"background": 0, "tumour": 1, "ignore": 2}, "'ignore' label"),
@@ -383,8 +677,77 @@ def test_images_to_segment(tmp_path: Path) -> None:
     found = components.images_in(tmp_path, 2)
     assert [Path(f).name for f in found[0]["image"]] == ["a_0000.nii.gz", "a_0001.nii.gz"]
     assert Path(found[1]["image"]).name == "b.nii"
-    with pytest.raises(UserError, match="do not have 3 channel files"):
-        components.images_in(tmp_path, 3)
+    assert [case["case"] for case in found] == ["a", "b"]
+    (tmp_path / "c_0000.nii.gz").touch()
+    with pytest.raises(UserError, match=r"1 cases .* do not have 2 channel files \(c\)"):
+        components.images_in(tmp_path, 2)
+    (tmp_path / "c_0001.nii.gz").touch()
+    for num_channels in (1, 3):
+        with pytest.raises(UserError, match=f"do not have {num_channels} channel files"):
+            components.images_in(tmp_path, num_channels)
+
+
+@pytest.mark.parametrize(
+    ("files", "num_channels", "cases"),
+    [
+        (["case_0001.nii.gz", "case_0002.nii.gz"], 1, {"case_0001": 1, "case_0002": 1}),
+        (["case_0001.nii.gz", "case_0002.nii.gz"], 2, {"case_0001": 1, "case_0002": 1}),
+        (["a_0000.nii.gz", "b_0000.nii.gz"], 1, {"a": 1, "b": 1}),
+        # one file holds all channels, as nnU-Net numbers it
+        (["a_0000.nii.gz", "b_0000.nii.gz"], 2, {"a": 1, "b": 1}),
+        (["a_0000.nii.gz", "a_0001.nii.gz", "b_0000.nii.gz", "b_0001.nii"], 2, {"a": 2, "b": 2}),
+        (["hippo_001.nii.gz", "._hippo_001.nii.gz", ".hidden.nii"], 1, {"hippo_001": 1}),
+    ],
+)
+def test_numbers_are_channels_only_where_every_case_has_them(
+    tmp_path: Path, files: list[str], num_channels: int, cases: dict[str, int]
+) -> None:
+    for name in files:
+        (tmp_path / name).touch()
+    found = components.images_in(tmp_path, num_channels)
+    assert {c["case"]: 1 if isinstance(c["image"], str) else len(c["image"]) for c in found} == cases
+
+
+def test_two_files_of_one_case_name_are_refused(tmp_path: Path) -> None:
+    for name in ("a.nii", "a.nii.gz"):
+        (tmp_path / name).touch()
+    for num_channels in (1, 2):
+        with pytest.raises(UserError, match="several images are of cases called a"):
+            components.images_in(tmp_path, num_channels)
+
+
+def test_segmentations_do_not_replace_images(tmp_path: Path) -> None:
+    images, linked = tmp_path / "images", tmp_path / "linked"
+    images.mkdir()
+    linked.symlink_to(images, target_is_directory=True)
+    nibabel.save(nibabel.Nifti1Image(np.random.default_rng(0).random((6, 5, 4), np.float32), np.eye(4)), images / "liver.nii.gz")  # fmt: skip
+    before = (images / "liver.nii.gz").read_bytes()
+    for output in (images, linked, tmp_path / "images" / ".." / "images"):
+        with pytest.raises(UserError, match=r"would replace the images that they are of .* --output_dir FOLDER"):
+            components.images_in(images, 1, output)
+        item = LoadImaged("image", ensure_channel_first=True)({"image": str(images / "liver.nii.gz")})
+        with pytest.raises(UserError, match="would replace"):
+            components.SaveSegmentationd("image", output)(item)
+    parser = ConfigParser()
+    parser.read_config(str(bundles.SHIPPED / "configs" / "inference.yaml"))
+    parser.update({"dataset_dir": str(images), "output_dir": str(images), "bundle_root": str(tmp_path)})
+    with pytest.raises(RuntimeError) as raised:
+        parser.get_parsed_content("dataset")
+    assert "would replace" in str(message_behind(raised.value))
+    assert (images / "liver.nii.gz").read_bytes() == before
+    # an image that is numbered gives a segmentation of another name
+    (images / "liver.nii.gz").rename(images / "liver_0000.nii.gz")
+    assert components.images_in(images, 1, images)[0]["case"] == "liver"
+
+
+def test_cases_with_numbered_names_are_written_one_by_one(tmp_path: Path) -> None:
+    for i in (1, 2):
+        nibabel.save(nibabel.Nifti1Image(np.full((3, 4, 5), i, np.float32), np.eye(4)), tmp_path / f"case_{i:04d}.nii.gz")  # fmt: skip
+    load = LoadImaged("image", ensure_channel_first=True)
+    for entry in components.images_in(tmp_path, 1):
+        components.SaveSegmentationd("image", tmp_path / "out")(load(entry))
+    for i in (1, 2):
+        assert np.all(np.asarray(nibabel.load(tmp_path / "out" / f"case_{i:04d}.nii.gz").dataobj) == i)
 
 
 @pytest.mark.parametrize("shape", [(20, 24, 9), (20, 24, 1)])
@@ -421,10 +784,10 @@ def test_a_segmentation_has_the_geometry_of_its_image(tmp_path: Path, shape: tup
         components.SaveSegmentationd("pred", tmp_path)({"pred": classes[:, 1:]})
 
 
-def saved_model(folder: Path, network: torch.nn.Module) -> Path:
+def saved_model(folder: Path, network: torch.nn.Module, split: components.Split | None = None) -> Path:
     model = folder / "model.pt"
     torch.save({"model": network.state_dict()}, model)
-    record_file(model).write_text(to_json(record_of(model, UNTRAINED, 0.5, 3)))
+    record_file(model).write_text(to_json(record_of(model, UNTRAINED, 0.5, 3, split)))
     return model
 
 
@@ -506,6 +869,20 @@ def test_a_config_watches_transferability(tmp_path: Path) -> None:
     assert trainer.state.epoch == 1
     (line,) = (tmp_path / "watch" / "history.jsonl").read_text().splitlines()
     assert json.loads(line)["scores"]
+
+
+def test_transferability_keeps_patients_apart(tmp_path: Path) -> None:
+    folder = write_phantoms(tmp_path / "Dataset001_Phantom")
+    network = timm.create_model("test_resnet", num_classes=4)
+    rows = [f"case_{i:02d},patient_{i // 2}" for i in range(6)]
+    (folder / "patients.csv").write_text("\n".join(["case,patient", *rows]))
+    handler = components.transferability_handler(folder, tmp_path / "watch", network, num_slices=12)
+    assert handler.monitor.slices.num_patients == 3
+    (tmp_path / "table.csv").write_text(
+        "\n".join(["case,patient", *(row[:15] + str(i % 2) for i, row in enumerate(rows))])
+    )
+    other = components.transferability_handler(folder, tmp_path / "other", network, num_slices=12, patients=tmp_path / "table.csv")  # fmt: skip
+    assert other.monitor.slices.num_patients == 2
 
 
 def test_the_users_error_is_found_behind_others() -> None:

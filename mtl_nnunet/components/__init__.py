@@ -4,13 +4,22 @@
 """
 
 from mtl_nnunet.components.data import Split, images_in, split_cases
-from mtl_nnunet.components.handlers import ModelLoader, ModelRecorder, load_model, transferability_handler
+from mtl_nnunet.components.handlers import (
+    ModelLoader,
+    ModelRecorder,
+    ValidateEvery,
+    enough_to_share,
+    keep_trained,
+    load_model,
+    transferability_handler,
+)
 from mtl_nnunet.components.inferer import sliding_window
 from mtl_nnunet.components.metadata import describe_model
-from mtl_nnunet.components.plan import Plan, plan_training, read_plan, read_record
+from mtl_nnunet.components.plan import Plan, cases_to_evaluate, plan_training, read_plan, read_record
 from mtl_nnunet.components.selector import select
 from mtl_nnunet.components.training import recipe_optimizer, recipe_schedule
 from mtl_nnunet.components.transforms import (
+    CheckLabeld,
     NormalizeAsNnunetd,
     RandView,
     RandViewd,
@@ -25,6 +34,7 @@ from mtl_nnunet.components.transforms import (
 from mtl_nnunet.components.unet import MonaiUNet
 
 __all__ = [
+    "CheckLabeld",
     "ModelLoader",
     "ModelRecorder",
     "MonaiUNet",
@@ -39,8 +49,12 @@ __all__ = [
     "SpacingAsNnunet",
     "SpacingAsNnunetd",
     "Split",
+    "ValidateEvery",
+    "cases_to_evaluate",
     "describe_model",
+    "enough_to_share",
     "images_in",
+    "keep_trained",
     "load_model",
     "nonzero",
     "plan_training",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from mtl_nnunet.callbacks import MonitorHandler
 from mtl_nnunet.cases import find_dataset_folder
+from mtl_nnunet.components.data import Split, with_own_patients
 from mtl_nnunet.components.plan import Plan, read_record, record_file, record_of
 from mtl_nnunet.errors import UserError, listed
 from mtl_nnunet.files import sha256, to_json, write_text
@@ -31,12 +33,14 @@ class ModelRecorder:
     Args:
         model: The file that MONAI's ``CheckpointSaver`` writes; this handler stands after it.
         plan: What the network is and what it is fed.
+        cases: What it is trained and validated on.
         metric: Name of the metric to keep.
     """
 
-    def __init__(self, model: str | Path, plan: Plan, metric: str = "val_mean_dice"):
+    def __init__(self, model: str | Path, plan: Plan, cases: Split | None = None, metric: str = "val_mean_dice"):
         self.model = Path(model)
         self.plan = plan
+        self.cases = cases
         self.metric = metric
 
     def attach(self, engine: Any) -> None:
@@ -54,8 +58,41 @@ class ModelRecorder:
                 return
         value = engine.state.metrics.get(self.metric)
         # the trainer tells its validator which epoch it is
-        record = record_of(self.model, self.plan, None if value is None else float(value), engine.state.epoch)
+        record = record_of(
+            self.model, self.plan, None if value is None else float(value), engine.state.epoch, self.cases
+        )
         write_text(record_file(self.model), to_json(record))
+
+
+class ValidateEvery:
+    """A handler for a trainer that runs a validator after every so many epochs, and after the last one.
+
+    MONAI's ``ValidationHandler`` leaves out the epochs after the last multiple of its interval.
+
+    Args:
+        validator: MONAI's ``Evaluator``; it is told the epoch.
+        interval: In epochs.
+
+    Raises:
+        UserError: An interval below 1.
+    """
+
+    def __init__(self, validator: Any, interval: int):
+        if interval < 1:
+            raise UserError(f"val_interval is {interval}; expected at least 1 epoch.")
+        self.validator = validator
+        self.interval = interval
+
+    def attach(self, engine: Any) -> None:
+        """Be called after the epochs."""
+        from ignite.engine import Events
+
+        due = lambda trainer, epoch: epoch % self.interval == 0 or epoch == trainer.state.max_epochs  # noqa: E731
+        engine.add_event_handler(Events.EPOCH_COMPLETED(event_filter=due), self)
+
+    def __call__(self, engine: Any) -> None:
+        """Validate."""
+        self.validator.run(engine.state.epoch)
 
 
 class ModelLoader:
@@ -83,6 +120,31 @@ class ModelLoader:
             UserError: No such file, one that was altered or cannot be read, or weights of another network.
         """
         load_model(self.model, self.network)
+
+
+def keep_trained(model: str | Path, overwrite: bool = False) -> None:
+    """Refuse to begin a training whose first validation would replace a trained model.
+
+    Raises:
+        UserError: There is one, and nothing says that it may be replaced.
+    """
+    if Path(model).exists() and not overwrite:
+        raise UserError(
+            f"{model} exists already. Pass --overwrite True to replace it, or --ckpt_dir FOLDER for another place."
+        )
+
+
+def enough_to_share(cases: Split, processes: int) -> None:
+    """Refuse processes that would have no case to validate on, or none to learn from.
+
+    Raises:
+        UserError: Fewer cases than processes.
+    """
+    for part, entries in (("validation", cases.validation), ("training", cases.training)):
+        if len(entries) < processes:
+            raise UserError(
+                f"{processes} processes share {len(entries)} {part} cases, and each needs one. Start fewer: --nproc_per_node={len(entries)}."
+            )
 
 
 def load_model(model: str | Path, network: nn.Module) -> None:
@@ -126,6 +188,7 @@ def transferability_handler(
     every: int = 1,
     num_slices: int = 256,
     num_cases: int = 64,
+    patients: str | Path | None = None,
     **options: Any,
 ) -> MonitorHandler:
     """A handler that scores the encoder of a training on a target after epochs, writes the curve, and stops by the rule.
@@ -141,13 +204,18 @@ def transferability_handler(
         every: After every so many epochs.
         num_slices: Slices at most.
         num_cases: Cases read at most.
+        patients: Table ``case,patient``; None takes ``patients.csv`` of the folder if it is there.
         options: Further ones of ``mtl_nnunet.monitoring.Monitor``.
 
     Raises:
         UserError: A dataset that cannot be read, or an unknown score or rule.
     """
     labelled = any(score.labels for score in parse_scores(scores))
-    dataset = find_dataset_folder(dataset_dir)
+    known = [field.name for field in fields(StopRule)]
+    unknown = [str(name) for name in rule or {} if name not in known]
+    if unknown:
+        raise UserError(f"a rule has no field {listed(unknown)}. Available: {listed(known, len(known))}.")
+    dataset = with_own_patients(find_dataset_folder(dataset_dir), dataset_dir, patients)
     slices = gather_slices(dataset, num_slices, num_cases, options.get("seed", 0), with_labels=labelled)
     monitor = Monitor(output, slices, scores, rule=StopRule(**(rule or {})), dataset=dataset.name, **options)
     return MonitorHandler(monitor, network, every)

@@ -11,7 +11,7 @@ from mtl_nnunet.components.plan import Plan, read_plan, read_record
 from mtl_nnunet.errors import UserError
 from mtl_nnunet.files import to_json, write_text
 
-REQUIRED = ("mtl-nnunet", "nnunetv2", "timm", "safetensors", "nibabel", "pytorch-ignite")
+REQUIRED = ("mtl-nnunet", "nnunetv2", "timm", "safetensors", "nibabel", "pytorch-ignite", "fire", "tensorboard")
 
 
 def data_format(plan: Plan) -> dict[str, Any]:
@@ -22,7 +22,8 @@ def data_format(plan: Plan) -> dict[str, Any]:
         >>> data_format(UNTRAINED)["outputs"]["pred"]["channel_def"]
         {'0': 'background', '1': 'foreground'}
     """
-    ct = "CT" in plan.channel_names
+    # as nnU-Net takes it
+    ct = "ct" in [name.casefold() for name in plan.channel_names]
     common = {"type": "image", "spatial_shape": list(plan.patch_size), "dtype": "float32", "value_range": []}
     return {
         "inputs": {

@@ -12,7 +12,15 @@ from typing import Any
 import numpy as np
 
 from mtl_nnunet.cases import Dataset
-from mtl_nnunet.components.data import class_names, labelled_dataset
+from mtl_nnunet.components.data import (
+    Split,
+    as_dictionary,
+    class_names,
+    labelled_dataset,
+    own_validation,
+    place,
+    split_cases,
+)
 from mtl_nnunet.components.unet import network_shape
 from mtl_nnunet.errors import UserError, listed
 from mtl_nnunet.files import sha256
@@ -231,14 +239,18 @@ def read_plan(model: str | Path) -> Plan:
     stored = read_record(model)["plan"]
     known = {f.name for f in fields(Plan)}
     try:
-        return Plan(**{k: _tuples(v) if isinstance(v, list) else v for k, v in stored.items() if k in known})
-    except TypeError as error:
+        plan = Plan(**{k: _tuples(v) if isinstance(v, list) else v for k, v in stored.items() if k in known})
+        _check(plan)
+        return plan
+    except (TypeError, ValueError) as error:
         raise UserError(
             f"{record_file(model)} is damaged ({error}). Copy it again from where the model was trained."
         ) from error
 
 
-def record_of(model: str | Path, plan: Plan, metric: float | None, epoch: int | None) -> dict[str, Any]:
+def record_of(
+    model: str | Path, plan: Plan, metric: float | None, epoch: int | None, split: Split | None = None
+) -> dict[str, Any]:
     """What is kept of a file of weights."""
     from mtl_nnunet import __version__
 
@@ -249,8 +261,56 @@ def record_of(model: str | Path, plan: Plan, metric: float | None, epoch: int | 
         "val_mean_dice": metric,
         "epoch": epoch,
         "plan": asdict(plan),
+        "split": None if split is None else split.record(),
         "created_with": __version__,
     }
+
+
+def cases_to_evaluate(
+    dataset_dir: str | Path, model: str | Path, fold: int | None = None, patients: str | Path | None = None
+) -> Split:
+    """The cases that a trained model was validated on, as its record states them, or those of a fold that it never saw.
+
+    Args:
+        dataset_dir: As for ``labelled_dataset``.
+        model: Its file of weights.
+        fold: Whose validation cases to take instead, such as those of another dataset.
+        patients: As for ``labelled_dataset``.
+
+    Raises:
+        UserError: The record does not state them, the dataset lacks them, or the model was trained on some, or on their patients.
+    """
+    try:
+        stated = read_record(model)["split"]
+        training, validation = set(map(str, stated["training"])), list(map(str, stated["validation"]))
+    except (TypeError, KeyError) as error:
+        raise UserError(
+            f"{record_file(model)} does not state which cases {model} was trained on, so that nothing says which ones it never saw. "
+            "Train again with configs/train.yaml."
+        ) from error
+    dataset = labelled_dataset(dataset_dir, patients)
+    folder = Path(dataset_dir) if Path(dataset_dir).is_dir() else Path(dataset_dir).parent
+    cases = [*dataset.cases, *own_validation(dataset, dataset_dir, patients)]
+    entries = {place(as_dictionary(case), folder): as_dictionary(case) for case in cases}
+    patient_of = {place(as_dictionary(case), folder): case.patient for case in cases}
+    if fold is None:
+        missing = [where for where in validation if where not in entries]
+        if missing:
+            raise UserError(
+                f"{dataset_dir} lacks {len(missing)} of the {len(validation)} validation cases of {model} ({listed(missing, 2)}). Pass the "
+                "dataset it was trained on, or --fold N to measure on cases of another."
+            )
+        measured = validation
+    else:
+        measured = [place(entry, folder) for entry in split_cases(dataset_dir, fold, patients).validation]
+    seen = {patient_of[where] for where in training if where in patient_of}
+    learnt = [where for where in measured if where in training or patient_of[where] in seen]
+    if learnt:
+        raise UserError(
+            f"{model} was trained on {len(learnt)} of these {len(measured)} cases, or on their patients ({listed(learnt, 2)}). Leave --fold "
+            "out to measure on its own validation cases."
+        )
+    return Split([entries[w] for w in sorted(training) if w in entries], [entries[w] for w in measured], fold, folder)
 
 
 def _selected(folder: Path, encoder: str | None, dataset: Dataset) -> Selection:
@@ -275,16 +335,21 @@ def _selected(folder: Path, encoder: str | None, dataset: Dataset) -> Selection:
 
 def _prepared(dataset: Dataset, selection: Selection | None, num_cases: int) -> dict[str, Any]:
     """How slices of the dataset are prepared for the encoder: as they were for scoring."""
-    if selection is not None and selection.dataset == dataset.name:
-        stated = json.loads((selection.folder / SELECTION_FILE).read_text(encoding="utf-8"))["slices"]
-        return {
-            "axis": stated["axis"],
-            "spacing": stated["spacing_mm"],
-            "use_mask_for_norm": stated["use_mask_for_norm"],
-            "intensities": stated["intensity_properties"],
-        }
     if selection is not None:
-        logger.warning(f"the selection was made on {selection.dataset}, and this is {dataset.name}.")
+        content = json.loads((selection.folder / SELECTION_FILE).read_text(encoding="utf-8"))
+        difference = _difference(content.get("dataset"), dataset)
+        if difference is None:
+            stated = content["slices"]
+            return {
+                "axis": stated["axis"],
+                "spacing": stated["spacing_mm"],
+                "use_mask_for_norm": stated["use_mask_for_norm"],
+                "intensities": stated["intensity_properties"],
+            }
+        logger.warning(
+            f"the selection was made on {selection.dataset}, and this is {dataset.name}: {difference}. What its images are like is "
+            "worked out again."
+        )
     cases = min(num_cases, len(dataset.cases))
     slices = gather_slices(dataset, 2 * cases, cases)
     return {
@@ -295,6 +360,26 @@ def _prepared(dataset: Dataset, selection: Selection | None, num_cases: int) -> 
     }
 
 
+def _difference(stated: Any, dataset: Dataset) -> str | None:
+    """What tells the dataset of a selection from another one; None where its cases are cases of that."""
+    if not isinstance(stated, dict) or not {"channel_names", "cases_used"} <= set(stated):
+        return "it does not state its cases"
+    # folders of one name may hold anything
+    if tuple(stated["channel_names"]) != dataset.channel_names:
+        return f"its channels are {listed(list(stated['channel_names']))}, not {listed(list(dataset.channel_names))}"
+    cases = {case.name: case for case in dataset.cases}
+    missing = [used["name"] for used in stated["cases_used"] if used["name"] not in cases]
+    if missing:
+        return f"there is no case {missing[0]} here"
+    for used in stated["cases_used"]:
+        case = cases[used["name"]]
+        # a score that takes no labels leaves their files out
+        files = [*case.images, *filter(None, [case.label])][: len(used["sha256"])]
+        if [sha256(file) for file in files] != list(used["sha256"]):
+            return f"case {used['name']} has other files here"
+    return None
+
+
 def _headers(dataset: Dataset, axis: int) -> tuple[np.ndarray, np.ndarray]:
     """Voxel size and shape of each case, slicing axis first."""
     import nibabel
@@ -303,13 +388,19 @@ def _headers(dataset: Dataset, axis: int) -> tuple[np.ndarray, np.ndarray]:
     rows = []
     for case in dataset.cases:
         try:
-            header = nibabel.load(case.images[0]).header
-            shape, zooms = header.get_data_shape()[:3], header.get_zooms()[:3]
+            image = nibabel.load(case.images[0])
+            shape, zooms = image.header.get_data_shape()[:3], image.header.get_zooms()[:3]
+            sides = np.linalg.norm(image.affine[:3, :3], axis=0)
         except Exception as error:
             raise UserError(f"{case.images[0]} cannot be read as NIfTI ({error}). Replace the file.") from error
         if len(shape) < 3:
             raise UserError(
                 f"{case.images[0]} has {len(shape)} axes, and MONAI's bundle reads volumes. Write 2D images as volumes of one slice."
+            )
+        # slices are scored by the one, as nnU-Net reads it, and MONAI resamples by the other
+        if not np.allclose(zooms, sides, rtol=0.01):
+            raise UserError(
+                f"{case.images[0]} states voxels of {_sizes(zooms)} mm, and {_sizes(sides)} mm by its affine. Repair the header."
             )
         rows.append(([float(zooms[i]) for i in order], [int(shape[i]) for i in order]))
     return np.array([r[0] for r in rows]), np.array([r[1] for r in rows])
@@ -324,6 +415,49 @@ def plane_last(axis: int) -> tuple[int, int, int]:
     """
     order = [2 - a for a in (axis, *(a for a in range(3) if a != axis))]
     return order[0], order[1], order[2]
+
+
+def _check(plan: Plan) -> None:
+    """Refuse fields that cannot be, as a file that was edited by hand may hold.
+
+    Raises:
+        ValueError: Which one.
+    """
+
+    def numbers(values: Any, kind: type | tuple[type, ...], length: int) -> bool:
+        right_kind = isinstance(values, tuple) and all(isinstance(v, kind) for v in values)
+        return right_kind and len(values) == length and min(values) > 0
+
+    dims, real = plan.spatial_dims, (int, float)
+    whole = isinstance(plan.strides, tuple) and isinstance(plan.kernel_sizes, tuple)
+    right = {
+        "encoder": isinstance(plan.encoder, str),
+        "spatial_dims": dims in LARGEST_PATCH,
+        "channel_names": _texts(plan.channel_names, 1),
+        "labels": _texts(plan.labels, 2),
+        "axis": plan.axis in (0, 1, 2),
+        "spacing": numbers(plan.spacing, real, 3),
+        "use_mask_for_norm": isinstance(plan.use_mask_for_norm, bool),
+        "intensities": isinstance(plan.intensities, dict)
+        and all(isinstance(v, dict) for v in plan.intensities.values()),
+        "patch_size": numbers(plan.patch_size, int, dims),
+        "strides": whole and all(numbers(s, int, dims) for s in plan.strides),
+        "kernel_sizes": whole
+        and len(plan.kernel_sizes) == len(plan.strides)
+        and all(numbers(k, int, dims) for k in plan.kernel_sizes),
+        "selection": plan.selection is None or isinstance(plan.selection, dict),
+    }
+    wrong = [name for name, is_right in right.items() if not is_right]
+    if wrong:
+        raise ValueError(f"'{wrong[0]}' is {getattr(plan, wrong[0])!r}")
+
+
+def _texts(values: Any, at_least: int) -> bool:
+    return isinstance(values, tuple) and len(values) >= at_least and all(isinstance(v, str) for v in values)
+
+
+def _sizes(values: Any) -> str:
+    return " x ".join(f"{float(v):.4g}" for v in values)
 
 
 def _tuples(values: Any) -> Any:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mtl_nnunet.cache import ResultCache, default_folder
-from mtl_nnunet.cases import find_dataset_folder, with_patients
-from mtl_nnunet.components.data import PATIENTS_FILE
+from mtl_nnunet.cases import find_dataset_folder
+from mtl_nnunet.components.data import with_own_patients
 from mtl_nnunet.errors import UserError
 from mtl_nnunet.select import Outcome, select_checkpoint
 
@@ -55,11 +55,8 @@ def select(
         )
     if Path(output).exists() and not options.get("overwrite"):
         raise UserError(f"{output} exists already. Pass --overwrite True to replace it, or --encoder#selection FOLDER.")
-    dataset = find_dataset_folder(dataset_dir)
-    folder = Path(dataset_dir) if Path(dataset_dir).is_dir() else Path(dataset_dir).parent
-    table = patients or (folder / PATIENTS_FILE if (folder / PATIENTS_FILE).is_file() else None)
     outcome = select_checkpoint(
-        dataset if table is None else with_patients(dataset, table),
+        with_own_patients(find_dataset_folder(dataset_dir), dataset_dir, patients),
         f"timm:{encoder}" if checkpoints is None else checkpoints,
         scores,
         encoder=encoder,

@@ -23,7 +23,7 @@ from monai.transforms import (
 from monai.utils import convert_to_dst_type, convert_to_numpy, convert_to_tensor
 from torch import Tensor
 
-from mtl_nnunet.components.data import case_name
+from mtl_nnunet.components.data import case_name, refuse_to_replace
 from mtl_nnunet.components.plan import plane_last
 from mtl_nnunet.errors import UserError, listed
 from mtl_nnunet.files import written_atomically
@@ -32,20 +32,42 @@ from mtl_nnunet.views import VIEWS
 
 Data = Mapping[Hashable, Any]
 
+# ours and MONAI's names, and what torch calls them
+MODES = {
+    "linear": "trilinear",
+    "bilinear": "trilinear",
+    "trilinear": "trilinear",
+    "nearest": "nearest-exact",
+    "nearest-exact": "nearest-exact",
+}
+# of what nnU-Net's scheme for CT makes use
+CT_INTENSITIES = ("mean", "std", "percentile_00_5", "percentile_99_5")
+# how far a voxel of a label may lie from that of its image, in voxels: the nearest one is still the same
+LARGEST_SHIFT = 0.5
+
 
 class SliceAxisFirst(InvertibleTransform):
     """A NIfTI volume (C, X, Y, Z) in nnU-Net's order: the slicing axis first, then the plane; the affine follows.
 
     Args:
         axis: Slicing axis of the volume as nnU-Net reads it, (z, y, x).
+
+    Raises:
+        UserError: No such axis, or an image that is no volume.
     """
 
     def __init__(self, axis: int = 0):
+        if axis not in (0, 1, 2):
+            raise UserError(f"axis is {axis}; expected 0, 1 or 2, of (z, y, x).")
         self.order = plane_last(axis)
 
     def __call__(self, img: Tensor) -> Tensor:
         """(C, X, Y, Z) to (C, slices, rows, columns)."""
         volume = convert_to_tensor(img, track_meta=True)
+        if volume.ndim != 4:
+            raise UserError(
+                f"{source_of(volume)} has {volume.ndim - 1} axes, and volumes of three are read. Write 2D images as volumes of one slice."
+            )
         permuted = _permuted(volume, self.order)
         self.push_transform(permuted, orig_size=volume.shape[1:])
         return permuted
@@ -77,12 +99,19 @@ class SpacingAsNnunet(InvertibleTransform):
 
     Args:
         spacing: Voxel size in mm for each axis; -1 leaves an axis as it is.
-        mode: ``linear``, or ``nearest`` for labels.
+        mode: ``linear``, or ``nearest`` for labels; MONAI's ``bilinear`` and ``trilinear`` are the former.
+
+    Raises:
+        UserError: Another mode, or not one spacing for each axis.
     """
 
     def __init__(self, spacing: Sequence[float], mode: str = "linear"):
         self.spacing = tuple(float(s) for s in spacing)
-        self.mode = {"linear": "trilinear", "nearest": "nearest-exact"}[mode]
+        if len(self.spacing) != 3:
+            raise UserError(f"spacing is {list(spacing)}; expected a number for each of three axes.")
+        if mode not in MODES:
+            raise UserError(f"unknown mode '{mode}'. Available: {listed(list(MODES), len(MODES))}.")
+        self.mode = MODES[mode]
 
     def __call__(self, img: Tensor) -> Tensor:
         """(C, D, H, W) to the same extent in other voxels."""
@@ -137,6 +166,56 @@ class SpacingAsNnunetd(MapTransform, InvertibleTransform):
         return {**data, **{key: self.transforms[key].inverse(data[key]) for key in self.key_iterator(dict(data))}}
 
 
+class CheckLabeld(MapTransform):
+    """Refuse a label that does not lie on its image's voxels, or holds classes that the dataset does not name.
+
+    Args:
+        keys: Labels (1, X, Y, Z), as they were read.
+        num_classes: Background included.
+        image_key: Images (C, X, Y, Z), as they were read.
+        allow_missing_keys: As MONAI's.
+
+    Raises:
+        UserError: Which file, and how it differs.
+    """
+
+    def __init__(
+        self, keys: KeysCollection, num_classes: int, image_key: str = "image", allow_missing_keys: bool = False
+    ):
+        super().__init__(keys, allow_missing_keys)
+        self.num_classes = num_classes
+        self.image_key = image_key
+
+    def __call__(self, data: Data) -> dict[Hashable, Any]:
+        """The data as they are."""
+        image = data[self.image_key]
+        for key in self.key_iterator(dict(data)):
+            self._check(image, data[key])
+        return dict(data)
+
+    def _check(self, image: Tensor, label: Tensor) -> None:
+        where = f"label {source_of(label)}"
+        if len(label) != 1 or label.shape[1:] != image.shape[1:]:
+            raise UserError(
+                f"{where} has {len(label)} channels of shape {tuple(label.shape[1:])}, its image {source_of(image)} the shape "
+                f"{tuple(image.shape[1:])}. Resample the label onto the image, or leave the case out."
+            )
+        if isinstance(image, MetaTensor) and isinstance(label, MetaTensor):
+            shift = _shift(np.asarray(image.affine), np.asarray(label.affine), image.shape[1:])
+            if not shift <= LARGEST_SHIFT:
+                raise UserError(
+                    f"{where} lies elsewhere than its image {source_of(image)}: by their affines, voxels are up to {shift:.3g} voxels "
+                    "apart. Resample the label onto the image, or repair its header."
+                )
+        classes = np.unique(convert_to_numpy(label))
+        odd = [f"{c:g}" for c in classes if not (0 <= c < self.num_classes and c == round(c))]
+        if odd:
+            raise UserError(
+                f"{where} holds {listed(odd)}; expected whole numbers from 0 to {self.num_classes - 1}, as dataset.json names them. "
+                "Repair the label, or name the classes."
+            )
+
+
 class NormalizeAsNnunetd(MapTransform):
     """Normalise channels with nnU-Net's own scheme for their names, as slices are for scoring.
 
@@ -148,7 +227,7 @@ class NormalizeAsNnunetd(MapTransform):
         allow_missing_keys: As MONAI's.
 
     Raises:
-        UserError: Another number of channels, or a channel that is constant or not finite.
+        UserError: CT without intensities, another number of channels, or a channel that is constant or not finite.
     """
 
     def __init__(
@@ -163,6 +242,14 @@ class NormalizeAsNnunetd(MapTransform):
         self.channel_names = tuple(channel_names)
         self.use_mask_for_norm = use_mask_for_norm
         self.intensities = {k: dict(v) for k, v in (intensities or {}).items()}
+        for channel, name in enumerate(self.channel_names):
+            # the names that are CT to nnU-Net
+            lacking = [k for k in CT_INTENSITIES if k not in self.intensities.get(str(channel), {})]
+            if name.casefold() == "ct" and lacking:
+                raise UserError(
+                    f"channel {channel} is CT, and its intensities lack {listed(lacking)}. Pass intensities: '{channel}': "
+                    "the foreground_intensity_properties_per_channel of nnU-Net's fingerprint, or take them from plan_training."
+                )
 
     def __call__(self, data: Data) -> dict[Hashable, Any]:
         """Of each key."""
@@ -297,8 +384,11 @@ class SaveSegmentationd(MapTransform):
         output_dir: Where to; made.
         allow_missing_keys: As MONAI's.
 
+    The name is what ``images_in`` gives under ``case``; without it, that of the image file.
+
     Raises:
-        UserError: A class map of another shape than its image.
+        UserError: A class map of another shape than its image, one that does not say which image it is of, or one that would
+            replace that image.
     """
 
     def __init__(self, keys: KeysCollection, output_dir: str | Path, allow_missing_keys: bool = False):
@@ -310,7 +400,15 @@ class SaveSegmentationd(MapTransform):
         import nibabel
 
         for key in self.key_iterator(dict(data)):
-            source = nibabel.load(source_of(data[key]))
+            file = source_of(data[key])
+            if not Path(file).is_file():
+                raise UserError(
+                    f"'{key}' does not say which image file it is of, whose geometry it takes ({file} is no file). Pass a MetaTensor "
+                    "with the meta data of an image that LoadImaged read."
+                )
+            target = self.output_dir / f"{data.get('case') or case_name(file)}.nii.gz"
+            refuse_to_replace([target], [Path(file)])
+            source = nibabel.load(file)
             classes = convert_to_numpy(data[key])[0].astype(np.uint8 if data[key].max() < 256 else np.uint16)
             if classes.shape != source.shape[:3]:
                 raise UserError(
@@ -319,8 +417,7 @@ class SaveSegmentationd(MapTransform):
             header = source.header.copy()
             header.set_data_dtype(classes.dtype)
             header.set_slope_inter(1, 0)
-            name = case_name(source_of(data[key]))
-            with written_atomically(self.output_dir / f"{name}.nii.gz") as temporary:
+            with written_atomically(target) as temporary:
                 # nibabel goes by the file's ending
                 whole = temporary.with_name(f"{temporary.name}.nii.gz")
                 nibabel.save(type(source)(classes, source.affine, header), whole)
@@ -344,6 +441,16 @@ def source_of(image: Any) -> str:
     """File that an image was read from, for messages and names."""
     source = image.meta.get("filename_or_obj", "") if isinstance(image, MetaTensor) else ""
     return str(source[0] if isinstance(source, (list, tuple)) and source else source) or "an image"
+
+
+def _shift(image: np.ndarray, label: np.ndarray, shape: Sequence[int]) -> float:
+    """How far corners of the label lie from those of the image, in the image's voxels at most."""
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape], [1], indexing="ij")).reshape(len(shape) + 1, -1)
+    try:
+        apart = np.linalg.solve(image, label @ corners) - corners
+    except np.linalg.LinAlgError:
+        return float("inf")
+    return float(np.abs(apart).max())
 
 
 def _permuted(volume: Tensor, order: Sequence[int]) -> Tensor:
