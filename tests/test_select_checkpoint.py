@@ -183,6 +183,7 @@ def test_a_run_that_was_cut_short_is_judged_as_a_part_of_the_planned_one(
     assert "up to epoch 16" in said
 
 
+@pytest.mark.filterwarnings("default::mtl_nnunet.errors.AssumedWarning")
 def test_of_several_runs_the_score_chooses(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = {"a": ("3", "16"), "b": ("8", "39")}
     for name, epochs in runs.items():
@@ -195,6 +196,7 @@ def test_of_several_runs_the_score_chooses(dataset: Path, tmp_path: Path, capsys
     assert "these checkpoints are of 2" in last
     assert "-rule best" in last
     assert main(both) == 0
+    assert "are taken as of 2 runs" in capsys.readouterr().err
     content = json.loads((selection_folder() / "selection.json").read_text())
     assert content["rule"] == "best score"
     assert content["choice"] == max(content["checkpoints"], key=lambda c: c["value"])
