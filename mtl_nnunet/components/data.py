@@ -92,7 +92,7 @@ def split_cases(dataset_dir: str | Path, fold: int = 0, patients: str | Path | N
     from nnunetv2.utilities.crossval_split import generate_crossval_split
 
     dataset = labelled_dataset(dataset_dir, patients)
-    folder = _folder(dataset_dir)
+    folder = folder_of(dataset_dir)
     own = own_validation(dataset, dataset_dir, patients)
     if own:
         if fold != 0:
@@ -301,6 +301,11 @@ def class_names(dataset_dir: str | Path) -> tuple[str, ...]:
     return tuple(names[number] for number in range(len(names)))
 
 
+def folder_of(dataset_dir: str | Path) -> Path:
+    """Folder of a dataset that is named by its folder or by its ``dataset.json``."""
+    return Path(dataset_dir) if Path(dataset_dir).is_dir() else Path(dataset_dir).parent
+
+
 def _refuse_foreign(cases: tuple[Case, ...], dataset_dir: str | Path) -> None:
     files = [file for case in cases for file in (*case.images, *filter(None, [case.label]))]
     foreign = [file.name for file in files if not file.name.endswith(NIFTI)]
@@ -330,12 +335,8 @@ def _refuse_shared(
 
 
 def _patients_table(dataset_dir: str | Path, patients: str | Path | None) -> Path | None:
-    own = _folder(dataset_dir) / PATIENTS_FILE
+    own = folder_of(dataset_dir) / PATIENTS_FILE
     return Path(patients) if patients else own if own.is_file() else None
-
-
-def _folder(dataset_dir: str | Path) -> Path:
-    return Path(dataset_dir) if Path(dataset_dir).is_dir() else Path(dataset_dir).parent
 
 
 def _description(dataset_dir: str | Path) -> Path:

@@ -16,6 +16,7 @@ from mtl_nnunet.components.data import (
     Split,
     as_dictionary,
     class_names,
+    folder_of,
     labelled_dataset,
     own_validation,
     place,
@@ -289,7 +290,7 @@ def cases_to_evaluate(
             "Train again with configs/train.yaml."
         ) from error
     dataset = labelled_dataset(dataset_dir, patients)
-    folder = Path(dataset_dir) if Path(dataset_dir).is_dir() else Path(dataset_dir).parent
+    folder = folder_of(dataset_dir)
     cases = [*dataset.cases, *own_validation(dataset, dataset_dir, patients)]
     entries = {place(as_dictionary(case), folder): as_dictionary(case) for case in cases}
     patient_of = {place(as_dictionary(case), folder): case.patient for case in cases}
