@@ -397,7 +397,7 @@ def test_copying_the_bundle_out(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert (target / "mine.txt").read_text() == "kept"
     foreign = tmp_path / "foreign"
     foreign.mkdir()
-    with pytest.raises(UserError, match="is no bundle"):
+    with pytest.raises(UserError, match="is not the bundle that is trained in"):
         bundles.write_bundle(foreign, overwrite=True)
     assert [f.name for f in tmp_path.iterdir() if f.name.startswith(".")] == []
 
