@@ -42,6 +42,11 @@ class Budget:
     most: float | None
 
     @property
+    def run(self) -> str:
+        """What the share is of: the run, or where it did not come to its end the run as planned."""
+        return "run" if self.latest == self.last else "planned run"
+
+    @property
     def text(self) -> str:
         """In words."""
         if not self.saved_epochs:
@@ -50,8 +55,7 @@ class Budget:
             hours = (
                 "" if self.saved_hours is None else f", about {self.saved_hours:.3g} hours by the times of the files"
             )
-            run = "run" if self.latest == self.last else "planned run"
-            said = f"stopping at epoch {self.epoch} saves {self.saved_epochs} epochs ({self.saved_share:.0%} of the {run}{hours})"
+            said = f"stopping at epoch {self.epoch} saves {self.saved_epochs} epochs ({self.saved_share:.0%} of the {self.run}{hours})"
         if self.expected_loss is None or self.most is None:
             return said
         against = "of this run" if self.latest == self.last else f"up to epoch {self.latest}"

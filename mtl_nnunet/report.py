@@ -140,10 +140,10 @@ def verdict_text(ranking: Ranking) -> str:
     if told is not None:
         said.append(told.text)
     if budgets and budgets[0].saved_epochs:
-        said.append(f"{budgets[0].saved_share:.0%} of the run could have been saved")
+        said.append(f"{budgets[0].saved_share:.0%} of the {budgets[0].run} could have been saved")
     elif len(budgets) > 1 and (loss := budgets[1].expected_loss) is not None:
         said.append(
-            f"stopping at epoch {budgets[1].epoch} could have saved {budgets[1].saved_share:.0%} of the run for an expected loss of "
+            f"stopping at epoch {budgets[1].epoch} could have saved {budgets[1].saved_share:.0%} of the {budgets[1].run} for an expected loss of "
             f"{100 * loss:.2f}"
         )
     elif budgets:

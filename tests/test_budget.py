@@ -15,7 +15,7 @@ from mtl_nnunet.checkpoints import Checkpoint
 from mtl_nnunet.chooser import Choice
 from mtl_nnunet.decision import Rule
 from mtl_nnunet.ranking import Ranking
-from mtl_nnunet.report import budget_text
+from mtl_nnunet.report import budget_text, verdict_text
 
 
 def told(found: Ranking, losses: list[float], choice: int) -> Ranking:
@@ -73,6 +73,7 @@ def test_a_run_that_was_cut_short_is_a_part_of_the_planned_one() -> None:
     # epochs 1 to 4 of 10 that count from 1
     assert (chosen.last, chosen.latest, chosen.saved_epochs, chosen.saved_share) == (10, 4, 6, 0.6)
     assert (cheaper.saved_epochs, cheaper.saved_share) == (8, 0.8)
+    assert "60% of the planned run could have been saved" in verdict_text(replace(found, checkpoints=cut))
     said = budget_text(replace(found, checkpoints=cut))
     assert (
         "saves 6 epochs (60% of the planned run); expected to lose 0.20 Dice points against the best up to epoch 4"
