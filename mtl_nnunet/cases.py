@@ -111,14 +111,24 @@ def find_dataset_folder(folder: str | Path, skip_bad_cases: bool = False) -> Dat
     Raises:
         UserError: No such folder, no ``dataset.json`` in it, one of neither kind, or an unreadable first image.
     """
-    path = Path(folder)
-    description = path if path.suffix == ".json" else path / "dataset.json"
+    description = dataset_description(folder)
     if not description.parent.is_dir():
         raise UserError(f"no such dataset folder: {description.parent}. Pass a folder with a dataset.json.")
     content = _read_json(description, "the dataset.json of an nnU-Net raw dataset or of a Decathlon/MONAI datalist")
     if isinstance(content.get("training"), list):
         return find_image_folder(description, skip_bad_cases=skip_bad_cases)
     return _nnunet_dataset(description.parent.resolve(), skip_bad_cases)
+
+
+def dataset_description(folder: str | Path) -> Path:
+    """The ``dataset.json`` of a dataset that is named by its folder or by that file.
+
+    Examples:
+        >>> str(dataset_description("Task04")), str(dataset_description("Task04/mine.json"))
+        ('Task04/dataset.json', 'Task04/mine.json')
+    """
+    path = Path(folder)
+    return path if path.suffix == ".json" else path / "dataset.json"
 
 
 def find_image_folder(

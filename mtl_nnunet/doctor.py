@@ -126,9 +126,8 @@ def of_trainers() -> Iterator[Finding]:
     from mtl_nnunet.trainer import MTLTrainer
     from mtl_nnunet.variants import VARIANTS
 
-    printed = io.StringIO()
     try:
-        with contextlib.redirect_stdout(printed):
+        with _silent():
             from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
             found = recursive_find_trainer_class_by_name(TRAINER)

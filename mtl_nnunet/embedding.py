@@ -68,18 +68,23 @@ def make_target(slices: Slices, scores: Sequence[Score], seed: int) -> Target:
             f"score '{unlabelled[0]}' needs labels and the slices have none. Gather them with labels "
             "(gather_slices(..., with_labels=True)), or choose another score."
         )
-    wanted: dict[tuple[str, float], int] = {}
-    for score in scores:
-        wanted[score.view_key] = max(score.num_views, wanted.get(score.view_key, 0))
     views = {
         (kind, strength): make_views(slices.images, kind, num, seed, strength).numpy()
-        for (kind, strength), num in wanted.items()
+        for (kind, strength), num in views_wanted(scores).items()
     }
     pixels = {
         labelled: sample_pixels(slices, labelled, seed)
         for labelled in sorted({s.labels for s in scores if s.reads == "pixels"})
     }
     return Target(views, slices.patients, pixels)
+
+
+def views_wanted(scores: Sequence[Score]) -> dict[tuple[str, float], int]:
+    """How many views of each kind and strength the scores read; those of one kind share them."""
+    wanted: dict[tuple[str, float], int] = {}
+    for score in scores:
+        wanted[score.view_key] = max(score.num_views, wanted.get(score.view_key, 0))
+    return wanted
 
 
 def digest(slices: Slices, labelled: bool) -> str:

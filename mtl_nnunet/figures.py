@@ -163,7 +163,9 @@ def draw_slices(samples: Sequence[tuple[str, Sequence[Tile]]]) -> Figure:
                     axes.add_patch(Rectangle((left + x * width, top + y * height), w * width, h * height, **outline))  # type: ignore[arg-type]
                 places = ((0.5, 0.02), (0.5, 0.98), (0.02, 0.5), (0.98, 0.5))
                 anchors = (("center", "top"), ("center", "bottom"), ("left", "center"), ("right", "center"))
-                for letter, (x, y), (along, across) in zip(tile.edges, places, anchors, strict=False):
+                # of a picture whose sides are not known there are none
+                sides = zip(tile.edges, places, anchors, strict=True) if tile.edges else ()
+                for letter, (x, y), (along, across) in sides:
                     box = {"boxstyle": "square,pad=0.1", "facecolor": "black", "edgecolor": "none", "alpha": 0.6}
                     at = (left + x * width, top + y * height)
                     axes.text(*at, letter, fontsize=size, color="#ffd24a", ha=along, va=across, bbox=box)

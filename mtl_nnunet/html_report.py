@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,7 +112,7 @@ def write_report(
         channels=_channels(dataset, slices),
         spacings=_ranges([c.spacing for c in slices.used]),
         plane=_plane(slices, orientations),
-        orientations=_counted(orientations.values()),
+        orientations=Counter(orientations.values()).most_common(),
         cases=[(c, orientations[c.name]) for c in slices.used],
         dataset=dataset,
         slices=slices,
@@ -187,13 +188,6 @@ def _lines(text: str) -> list[str]:
 def _orientations(dataset: Dataset, slices: Slices) -> dict[str, str | None]:
     used = {c.name for c in slices.used}
     return {c.name: orientation(c, dataset.reader) for c in dataset.cases if c.name in used}
-
-
-def _counted(values: Iterable[str | None]) -> list[tuple[str | None, int]]:
-    found: dict[str | None, int] = {}
-    for value in values:
-        found[value] = found.get(value, 0) + 1
-    return sorted(found.items(), key=lambda item: -item[1])
 
 
 def _plane(slices: Slices, orientations: dict[str, str | None]) -> str | None:

@@ -16,6 +16,7 @@ from mtl_nnunet.cases import Dataset, find_image_folder, find_nnunet_dataset, wi
 from mtl_nnunet.checkpoints import Checkpoint, architecture_of, find_checkpoints, runs_of
 from mtl_nnunet.chooser import read_chooser
 from mtl_nnunet.decision import Rule, default_rule, parse_rule
+from mtl_nnunet.embedding import views_wanted
 from mtl_nnunet.errors import AssumedWarning, UserError, listed
 from mtl_nnunet.html_report import Cost
 from mtl_nnunet.racing import race_checkpoints
@@ -218,11 +219,8 @@ def default_output(dataset_name: str, fold: int | str | None = None) -> Path:
 
 
 def _num_views(scores: Sequence[Score]) -> int:
-    """How many views of each slice an encoder sees; scores of the same kind of view share them."""
-    wanted: dict[tuple[str, float], int] = {}
-    for score in scores:
-        wanted[score.view_key] = max(score.num_views, wanted.get(score.view_key, 0))
-    return sum(wanted.values())
+    """How many views of each slice an encoder sees."""
+    return sum(views_wanted(scores).values())
 
 
 def _views_run(rankings: Sequence[Ranking]) -> int:

@@ -26,13 +26,13 @@ from mtl_nnunet.bridge.model import (
     trainer_class,
     weights_file,
 )
+from mtl_nnunet.bundles import SHIPPED
 from mtl_nnunet.checkpoints.file import read_pickle
 from mtl_nnunet.errors import UserError, listed
 from mtl_nnunet.files import folder_written_atomically, sha256, to_json, write_text
 from mtl_nnunet.plans import RECORD_KEY
 
 DEFAULT_CHECKPOINT = "checkpoint_final.pth"
-CONFIGS = ("inference.yaml", "logging.conf")
 PACKAGES = ("nnunetv2", "dynamic-network-architectures", "timm", "SimpleITK", "nibabel", "pytorch-ignite")
 STOCK_TRAINER = "nnUNetTrainer"
 NEEDED = ("network_weights", "init_args", "trainer_name")
@@ -102,8 +102,8 @@ def bundle_of_model(
         record = _record(model, models, trained_with, dict(zip(chosen, files, strict=True)))
         write_text(models / RECORD_FILE, to_json(record))
         (folder / "configs").mkdir()
-        for name in CONFIGS:
-            shutil.copyfile(Path(__file__).parent / "configs" / name, folder / "configs" / name)
+        for config in (Path(__file__).with_name("configs") / "inference.yaml", SHIPPED / "configs" / "logging.conf"):
+            shutil.copyfile(config, folder / "configs" / config.name)
         described = metadata_of(model, destination.name, record, _validation(model_folder, chosen))
         write_text(folder / "configs" / "metadata.json", to_json(described))
         write_text(folder / "docs" / "README.md", readme_of(model, destination.name, record, described))

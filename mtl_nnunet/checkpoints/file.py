@@ -52,8 +52,9 @@ TORCHVISION_NAMES = {
     "swin_v2_b": "swinv2_base_window8_256",
 }
 # where runs write how many epochs they are to have
-CYCLIC = ("cosine", "tanh", "poly")
 EPOCHS_KEYS = ("epochs", "max_epochs", "num_train_epochs", "num_epochs")
+# timm's schedules that are as long as their cycles
+CYCLIC = ("cosine", "tanh", "poly")
 # where runs write the name of their network
 ARCHITECTURE_KEYS = ("arch", "model", "architecture", "model_name", "backbone", "encoder", "network", "encoder_name")
 SETTINGS_KEYS = ("args", "hyper_parameters", "config")

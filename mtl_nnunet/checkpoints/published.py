@@ -102,7 +102,7 @@ def find_published(name: str) -> list[Checkpoint]:
     Raises:
         UserError: timm knows no such weights, or they cannot be fetched; the message says how to bring them.
     """
-    return [_fetched(candidate) for candidate in list_published(name)]
+    return [fetched(candidate) for candidate in list_published(name)]
 
 
 def recipe_of(full: str) -> tuple[int | None, str]:
@@ -183,7 +183,12 @@ def _cached(repository: str, revision: str | None) -> Path | None:
     return None
 
 
-def _fetched(candidate: Checkpoint) -> Checkpoint:
+def fetched(candidate: Checkpoint) -> Checkpoint:
+    """A candidate of ``list_published`` with its file, and with the commit and the licence that came with it.
+
+    Raises:
+        UserError: As ``find_published``.
+    """
     about = candidate.published
     assert about is not None
     if about.source.startswith(("http://", "https://")):

@@ -31,7 +31,7 @@ from mtl_nnunet.checkpoints.filenames import (
 )
 from mtl_nnunet.checkpoints.length import runs_of
 from mtl_nnunet.checkpoints.logs import RunLog, read_run_log
-from mtl_nnunet.checkpoints.published import find_published, is_published_name, list_published
+from mtl_nnunet.checkpoints.published import fetched, is_published_name, list_published
 from mtl_nnunet.errors import AssumedWarning, LeftOutWarning, UserError, listed
 
 # files that a listing may open: the latest one, and those whose names do not say their epoch
@@ -87,9 +87,10 @@ def find_checkpoints(paths: str | Path | Sequence[str | Path], weights: str = "d
     named = [paths] if isinstance(paths, (str, Path)) else list(paths)
     if weights != "default" and any(is_published_name(name) for name in named):
         raise UserError(f"-weights {weights} goes with files of a run: published weights are one set. Leave it out.")
+    candidates = [c for name in named if is_published_name(name) for c in list_published(str(name))]
     # refused before anything is fetched
-    _refuse_mixed_architectures([c for name in named if is_published_name(name) for c in list_published(str(name))])
-    published = [c for name in named if is_published_name(name) for c in find_published(str(name))]
+    _refuse_mixed_architectures(candidates)
+    published = [fetched(candidate) for candidate in candidates]
     files = _files_of([Path(p) for p in named if not is_published_name(p)])
     # closed also when a file is refused, so that the message gets a line of its own
     with tqdm(files, desc="Reading checkpoints", unit="file", file=sys.stderr, disable=not files) as bar:

@@ -81,7 +81,8 @@ def own_text(checkpoints: list[Any]) -> str:
 
 def published_text(checkpoints: list[Any]) -> str:
     """Published weights as a table."""
-    marks = dict(zip(sorted({c.published.caution for c in checkpoints if c.published.caution}), "*+", strict=False))
+    cautions = sorted({c.published.caution for c in checkpoints if c.published.caution})
+    marks = dict(zip(cautions, "*+"[: len(cautions)], strict=True))
     width = max(len(c.published.name) for c in checkpoints) + 2
     licences = [
         (c.published.licence or "not stated") + (marks[c.published.caution] if c.published.caution else "")

@@ -155,24 +155,19 @@ def copy_bundle(args: argparse.Namespace) -> None:
         from mtl_nnunet.bridge import bundle_of_model
 
         chosen = {} if args.chk is None else {"checkpoint_name": args.chk}
-        made = shlex.quote(str(bundle_of_model(args.model, args.name, args.f, overwrite=args.overwrite, **chosen)))
-        print(f"written: {made}")
-        print(
-            f"next (pip install 'mtl-nnunet[monai]'):\n  cd {made}\n"
-            "  python -m monai.bundle run --config_file configs/inference.yaml --dataset_dir IMAGES --output_dir SEGMENTATIONS"
-        )
-        return
-    if args.f is not None or args.chk is not None:
+        folder = bundle_of_model(args.model, args.name, args.f, overwrite=args.overwrite, **chosen)
+        configs: tuple[str, ...] = ("inference.yaml --dataset_dir IMAGES --output_dir SEGMENTATIONS",)
+    elif args.f is not None or args.chk is not None:
         raise UserError("-f and -chk choose among the weights of a trained model: pass -model FOLDER too.")
-    from mtl_nnunet.bundles import write_bundle
+    else:
+        from mtl_nnunet.bundles import write_bundle
 
-    folder = shlex.quote(str(write_bundle(args.name, args.overwrite)))
-    print(f"written: {folder}")
-    print(
-        f"next (pip install 'mtl-nnunet[monai]'):\n  cd {folder}\n"
-        "  python -m monai.bundle run --config_file configs/select.yaml --dataset_dir DATASET --checkpoints RUN\n"
-        "  python -m monai.bundle run --config_file configs/train.yaml --dataset_dir DATASET"
-    )
+        folder = write_bundle(args.name, args.overwrite)
+        configs = ("select.yaml --dataset_dir DATASET --checkpoints RUN", "train.yaml --dataset_dir DATASET")
+    print(f"written: {shlex.quote(str(folder))}")
+    print(f"next (pip install 'mtl-nnunet[monai]'):\n  cd {shlex.quote(str(folder))}")
+    for config in configs:
+        print(f"  python -m monai.bundle run --config_file configs/{config}")
 
 
 def run_demo(args: argparse.Namespace) -> None:

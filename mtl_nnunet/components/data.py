@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mtl_nnunet.cases import Case, Dataset, find_dataset_folder, with_patients
+from mtl_nnunet.cases import Case, Dataset, dataset_description, find_dataset_folder, with_patients
 from mtl_nnunet.errors import UserError, listed
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def split_cases(dataset_dir: str | Path, fold: int = 0, patients: str | Path | N
     from nnunetv2.utilities.crossval_split import generate_crossval_split
 
     dataset = labelled_dataset(dataset_dir, patients)
-    folder = folder_of(dataset_dir)
+    folder = dataset_description(dataset_dir).parent
     own = own_validation(dataset, dataset_dir, patients)
     if own:
         if fold != 0:
@@ -127,7 +127,7 @@ def own_validation(dataset: Dataset, dataset_dir: str | Path, patients: str | Pa
     """
     from monai.data import load_decathlon_datalist
 
-    path = _description(dataset_dir)
+    path = dataset_description(dataset_dir)
     content = json.loads(path.read_text(encoding="utf-8"))
     entries = content.get("validation")
     if not isinstance(content.get("training"), list) or not isinstance(entries, list) or not entries:
@@ -277,7 +277,7 @@ def class_names(dataset_dir: str | Path) -> tuple[str, ...]:
     Raises:
         UserError: It states none, regions, or numbers that do not follow each other.
     """
-    path = _description(dataset_dir)
+    path = dataset_description(dataset_dir)
     labels = json.loads(path.read_text(encoding="utf-8")).get("labels")
     if not isinstance(labels, dict) or not labels:
         raise UserError(f"{path} states no 'labels', so that the number of classes is not known. Add them.")
@@ -299,11 +299,6 @@ def class_names(dataset_dir: str | Path) -> tuple[str, ...]:
             f"{path} numbers its labels {listed([str(n) for n in sorted(names)])}; expected 0, 1, ... without a gap."
         )
     return tuple(names[number] for number in range(len(names)))
-
-
-def folder_of(dataset_dir: str | Path) -> Path:
-    """Folder of a dataset that is named by its folder or by its ``dataset.json``."""
-    return Path(dataset_dir) if Path(dataset_dir).is_dir() else Path(dataset_dir).parent
 
 
 def _refuse_foreign(cases: tuple[Case, ...], dataset_dir: str | Path) -> None:
@@ -335,13 +330,8 @@ def _refuse_shared(
 
 
 def _patients_table(dataset_dir: str | Path, patients: str | Path | None) -> Path | None:
-    own = folder_of(dataset_dir) / PATIENTS_FILE
+    own = dataset_description(dataset_dir).parent / PATIENTS_FILE
     return Path(patients) if patients else own if own.is_file() else None
-
-
-def _description(dataset_dir: str | Path) -> Path:
-    path = Path(dataset_dir)
-    return path if path.suffix == ".json" else path / "dataset.json"
 
 
 def _stem(file: str | Path) -> str:

@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from mtl_nnunet.cases import Dataset
+from mtl_nnunet.cases import Dataset, dataset_description
 from mtl_nnunet.components.data import (
     Split,
     as_dictionary,
     class_names,
-    folder_of,
     labelled_dataset,
     own_validation,
     place,
@@ -290,7 +289,7 @@ def cases_to_evaluate(
             "Train again with configs/train.yaml."
         ) from error
     dataset = labelled_dataset(dataset_dir, patients)
-    folder = folder_of(dataset_dir)
+    folder = dataset_description(dataset_dir).parent
     cases = [*dataset.cases, *own_validation(dataset, dataset_dir, patients)]
     entries = {place(as_dictionary(case), folder): as_dictionary(case) for case in cases}
     patient_of = {place(as_dictionary(case), folder): case.patient for case in cases}
