@@ -25,6 +25,7 @@ from mtl_nnunet.evaluation import (
     Evaluation,
     fixed_line,
 )
+from mtl_nnunet.figures import matplotlib_defaults
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -83,10 +84,7 @@ def shown_scores(group: pd.DataFrame, always: Sequence[str] = ()) -> list[str]:
 
 def write_figure(evaluation: Evaluation, curves: Sequence[Curve], path: Path, always: Sequence[str] = ()) -> None:
     """Regret against budget, a panel a state, and below it the Dice along every pretraining run."""
-    import matplotlib
-
-    # a name may hold a dollar
-    with matplotlib.rc_context({"text.parse_math": False}):
+    with matplotlib_defaults():
         _write_figure(evaluation, curves, path, always)
 
 

@@ -14,6 +14,7 @@ from mtl_nnunet.budget import budgets_of
 from mtl_nnunet.cases import Dataset, table_of_patients_left_unread
 from mtl_nnunet.chooser import Choice
 from mtl_nnunet.errors import listed
+from mtl_nnunet.figures import matplotlib_defaults
 from mtl_nnunet.ranking import RankedCheckpoint, Ranking
 from mtl_nnunet.slices import Slices
 
@@ -305,29 +306,30 @@ def draw_predictions(
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    colours = ["#f2b134", "#2f7fc1", "#c8472b", "#4c9f70", "#8d5fb0"]
-    palette = ListedColormap(["#00000000", *(colours[i % len(colours)] for i in range(len(class_names)))])
-    figure = Figure(figsize=(7.5, 2.5 * len(rows) + 0.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(len(rows), 3, squeeze=False)
-    for axes, (name, image, truth, prediction) in zip(grid, rows, strict=True):
-        for panel, overlay in zip(axes, (None, truth, prediction), strict=True):
-            panel.imshow(image, cmap="gray", origin="lower")
-            if overlay is not None:
-                panel.imshow(
-                    overlay,
-                    cmap=palette,
-                    vmin=0,
-                    vmax=len(class_names),
-                    alpha=0.6,
-                    origin="lower",
-                    interpolation="nearest",
-                )
-            panel.set_xticks([])
-            panel.set_yticks([])
-        axes[0].set_ylabel(name, fontsize=8)
-    for panel, title in zip(grid[0], ("image", "truth", "prediction"), strict=True):
-        panel.set_title(title)
-    patches = [Patch(color=palette(i + 1), label=name) for i, name in enumerate(class_names)]
-    figure.legend(handles=patches, loc="outside lower center", ncols=len(class_names), frameon=False)
-    figure.savefig(path, dpi=150)
+    with matplotlib_defaults():
+        colours = ["#f2b134", "#2f7fc1", "#c8472b", "#4c9f70", "#8d5fb0"]
+        palette = ListedColormap(["#00000000", *(colours[i % len(colours)] for i in range(len(class_names)))])
+        figure = Figure(figsize=(7.5, 2.5 * len(rows) + 0.8), layout="constrained")
+        FigureCanvasAgg(figure)
+        grid = figure.subplots(len(rows), 3, squeeze=False)
+        for axes, (name, image, truth, prediction) in zip(grid, rows, strict=True):
+            for panel, overlay in zip(axes, (None, truth, prediction), strict=True):
+                panel.imshow(image, cmap="gray", origin="lower")
+                if overlay is not None:
+                    panel.imshow(
+                        overlay,
+                        cmap=palette,
+                        vmin=0,
+                        vmax=len(class_names),
+                        alpha=0.6,
+                        origin="lower",
+                        interpolation="nearest",
+                    )
+                panel.set_xticks([])
+                panel.set_yticks([])
+            axes[0].set_ylabel(name, fontsize=8)
+        for panel, title in zip(grid[0], ("image", "truth", "prediction"), strict=True):
+            panel.set_title(title)
+        patches = [Patch(color=palette(i + 1), label=name) for i, name in enumerate(class_names)]
+        figure.legend(handles=patches, loc="outside lower center", ncols=len(class_names), frameon=False)
+        figure.savefig(path, dpi=150)

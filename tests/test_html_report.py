@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import matplotlib
 import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
 from conftest import DEMO_RUN, write_phantoms
+from nnunetv2.training.logging.nnunet_logger import LocalLogger
 from PIL import Image
 
 from mtl_nnunet.cases import Case, find_nnunet_dataset, orientation
@@ -225,6 +227,21 @@ def test_nothing_that_is_named_outside_becomes_markup(nnunet_folders: Path, tmp_
     for svg in (tmp_path / "chosen").glob("*.svg"):
         tags = {element.tag.rpartition("}")[2] for element in ElementTree.parse(svg).iter()}
         assert not {"img", "script", "foreignObject", "a"} & tags
+
+
+def test_figures_look_the_same_after_a_training(dataset: Path, tmp_path: Path) -> None:
+    files = ("ranking.png", "ranking.svg", "expected_loss.png", "slices.png")
+    selected(tmp_path / "before")
+    log = LocalLogger()
+    for key in log.my_fantastic_logging:
+        log.log(key, [0.5] if key == "dice_per_class_or_region" else 0.5, 0)
+    with matplotlib.rc_context():
+        log.plot_progress_png(str(tmp_path))
+        assert matplotlib.rcParams["axes.labelsize"] != matplotlib.rcParamsDefault["axes.labelsize"]
+        selected(tmp_path / "after")
+    assert [(tmp_path / "after" / f).read_bytes() for f in files] == [
+        (tmp_path / "before" / f).read_bytes() for f in files
+    ]
 
 
 def test_published_weights_have_no_epochs(dataset: Path, tmp_path: Path) -> None:
