@@ -46,7 +46,7 @@ def select(
     Raises:
         UserError: What is wrong and what to do about it; nothing was written.
     """
-    from mtl_nnunet.report import budget_text, comparison_text, ranking_text, warnings_in_words
+    from mtl_nnunet.report import all_warnings, budget_text, comparison_text, ranking_text
 
     if checkpoints is None and encoder is None:
         raise UserError(
@@ -66,7 +66,7 @@ def select(
         command=_command(),
         **options,
     )
-    for warning in warnings_in_words(outcome.ranking, outcome.slices.num_patients):
+    for warning in all_warnings(outcome.ranking, outcome.dataset, outcome.slices, outcome.fold):
         logger.warning(warning)
     texts = [ranking_text(outcome.ranking), comparison_text(outcome.ranking), budget_text(outcome.ranking)]
     print("\n".join(text for text in texts if text))
