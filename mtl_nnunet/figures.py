@@ -51,7 +51,9 @@ def draw_ranking(ranking: Ranking, dataset: str) -> Figure:
     name, direction = ranking.score.name, f"{ranking.score.name} ({better} is better)"
     with _style():
         figure, (axes, *below) = _figure(2 if logged else 1, unit, rows)
-        _points(axes, unit, age, rows, f"{name} score, 95 % interval")
+        # of too few patients there are none
+        bars = "" if np.isnan([r.low for r in rows]).all() else ", 95 % interval"
+        _points(axes, unit, age, rows, f"{name} score{bars}")
         _mark(axes, unit, age[ranking.choice], ranking.chosen.value, _called(ranking.chosen, unit))
         line, band = (axes.axhline, axes.axhspan) if unit else (axes.axvline, axes.axvspan)
         line(ranking.random.value, color=MUTED, linestyle="--", label="random initialisation")
@@ -94,7 +96,7 @@ def draw_expected_loss(ranking: Ranking) -> Figure | None:
                 label=f"cheaper: epoch {cheaper.epoch}",
             )
         axes.set_ylim(bottom=0)
-        axes.set_ylabel("Dice points lost")
+        axes.set_ylabel("expected Dice points lost")
         figure.suptitle(
             f"Against the best of these checkpoints{'' if told.used else ', by the epoch alone'}", fontsize=11
         )

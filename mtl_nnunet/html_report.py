@@ -134,6 +134,7 @@ def write_report(
         stretched=max(slices.spacing) / min(slices.spacing) > SQUARE,
         unshown=0 if are_colours(dataset.channel_names) else max(0, len(dataset.channel_names) - MOST_CHANNELS),
         label_key=_label_key(slices),
+        intervals=any(not np.isnan(c.low) for c in ranking.checkpoints),
         counted_as_patients=all(c.patient == c.name for c in dataset.cases),
         sides=SIDES,
         planes=[(min(c.plane[i] for c in slices.used), max(c.plane[i] for c in slices.used)) for i in (0, 1)],

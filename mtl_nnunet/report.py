@@ -176,7 +176,7 @@ def _loss_in_words(told: Choice) -> str:
     by = (
         f"By other trainings and by {listed(list(told.used))} on these images"
         if told.used
-        else "By its epoch alone, as other trainings went and whatever the images"
+        else "Going by its epoch alone, as other trainings went, and not by these images"
     )
     return (
         f"{by}, it is expected to lose {100 * told.expected_loss[i]:.2f} Dice points, 90 % interval {100 * told.low[i]:.2f} to "

@@ -163,7 +163,7 @@ def test_the_page_says_what_selection_json_says(dataset: Path, tmp_path: Path) -
     mine = losses["39"]
     # neither the rule without a price nor its numbers saw an image, and the page does not let anybody believe it
     assert page.verdict.startswith(
-        "Start from epoch 39 of 39 (the last). By its epoch alone, as other trainings went and whatever the images, "
+        "Start from epoch 39 of 39 (the last). Going by its epoch alone, as other trainings went, and not by these images, "
     )
     assert (
         f"{100 * mine['expected_loss']:.2f} Dice points, 90 % interval {100 * mine['low']:.2f} to {100 * mine['high']:.2f}"
@@ -367,6 +367,15 @@ def test_what_a_picture_cannot_show_is_said(make_dataset: Callable[..., Path], t
     assert "Pixels are drawn square" in words
     assert "Only the first 4 of 5 channels are shown." in words
     assert "counted from 0 inside the nonzero region" in words
+
+
+def test_too_few_patients_have_no_interval(make_dataset: Callable[..., Path], tmp_path: Path) -> None:
+    make_dataset(5, num_cases=3)
+    page = selected(tmp_path / "chosen", 5)
+    assert "too few for an interval" in page.words
+    assert "Bars:" not in page.words
+    assert "95 % interval</text>" not in page.source, "the legend names no bar either"
+    assert "– to –" not in page.words
 
 
 def test_what_to_type_next_works_from_any_folder(
