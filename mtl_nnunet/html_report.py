@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,6 +91,7 @@ def write_report(
     """
     ranking = rankings[0]
     orientations = _orientations(dataset, slices)
+    warnings = [*warnings, *_turned_in_words(orientations)]
     samples = sample_pictures(slices, ranking.score, dataset.channel_names, orientations, content["seed"])
     drawn = {
         "ranking": draw_ranking(ranking, dataset.name),
@@ -215,6 +216,18 @@ def _lines(text: str) -> list[str]:
 def _orientations(dataset: Dataset, slices: Slices) -> dict[str, str | None]:
     used = {c.name for c in slices.used}
     return {c.name: orientation(c, dataset.reader) for c in dataset.cases if c.name in used}
+
+
+def _turned_in_words(orientations: Mapping[str, str | None]) -> list[str]:
+    """What is wrong where cases are stored the one this way and the other that way."""
+    counted = Counter(letters for letters in orientations.values() if letters)
+    if len(counted) < 2:
+        return []
+    names = ", ".join(f"{letters} in {number}" for letters, number in counted.most_common())
+    return [
+        f"Cases have several orientations ({names}), and nothing is turned: neither here nor in nnU-Net's training, so slices of one "
+        "dataset lie in different ways. Turn the files to one, unless that is meant."
+    ]
 
 
 def _plane(slices: Slices, orientations: dict[str, str | None]) -> str | None:

@@ -43,7 +43,10 @@ class Tile:
 
 @dataclass(frozen=True)
 class Sample:
-    """A slice that is shown: where it is from, which way up, and what the encoder was given of it."""
+    """A slice that is shown: where it is from, which way up, and what the encoder was given of it.
+
+    ``position`` counts from 0 along the slicing axis of the file, not of the volume as cropped.
+    """
 
     case: str
     patient: str
@@ -92,7 +95,7 @@ def sample_pictures(
             Sample(
                 case.name,
                 case.patient,
-                slices.positions[place],
+                case.first + slices.positions[place],
                 why,
                 orientations[case.name],
                 # a row a channel

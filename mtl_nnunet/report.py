@@ -190,6 +190,8 @@ def _score_in_words(ranking: Ranking) -> str:
     said = "It has the best score" if best is chosen else f"The best score is that of {_in_words([best])}"
     if not others:
         return f"{said}, clear of all others{'' if best is chosen else ', the chosen one too'}."
+    if others == 1 and chosen.undecided and best is not chosen:
+        return f"{said}, which cannot be told from that of the chosen one."
     which = f"{others} of the {all_others} others"
     if others == all_others:
         which = "any other" if others > 1 else "the other"

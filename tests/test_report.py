@@ -151,9 +151,7 @@ def test_the_verdict_says_where_the_chosen_one_stands_by_the_score() -> None:
     behind = verdict_text(ranking(close, random=0.5, rule=Rule("last")))
     assert behind.endswith("which cannot be told from 1 of the 3 others; the chosen one is behind it.")
     among = verdict_text(ranking(close[:3], random=0.5, rule=Rule("last")))
-    assert among.endswith(
-        "The best score is that of epoch 2, which cannot be told from 1 of the 2 others, the chosen one among them."
-    )
+    assert among.endswith("The best score is that of epoch 2, which cannot be told from that of the chosen one.")
     assert verdict_text(ranking(close[:3], random=0.5)).endswith(
         "It has the best score, which cannot be told from 1 of the 2 others."
     )
