@@ -148,7 +148,7 @@ def verdict_text(ranking: Ranking) -> str:
             f"{100 * loss:.2f} Dice points."
         )
     elif budgets:
-        said.append("Nothing of the run could have been saved.")
+        said.append("This choice saves nothing of the run.")
     if len(rows) > 1:
         said.append(_score_in_words(ranking))
     if not ranking.better(rows[ranking.best], ranking.random):

@@ -145,7 +145,7 @@ def test_the_verdict_says_where_the_chosen_one_stands_by_the_score() -> None:
     )
     assert alone.endswith("It has the best score, clear of all others.")
     assert verdict_text(ranking([0.60, 0.70, 0.65], random=0.5, rule=Rule("last"))).endswith(
-        "(last epoch). Nothing of the run could have been saved. The best score is that of epoch 2, clear of all others, the chosen one too."
+        "(last epoch). This choice saves nothing of the run. The best score is that of epoch 2, clear of all others, the chosen one too."
     )
     close = [0.60, 0.70, 0.7001, 0.65]
     behind = verdict_text(ranking(close, random=0.5, rule=Rule("last")))
