@@ -58,7 +58,7 @@ class Budget:
             said = f"stopping at epoch {self.epoch} saves {self.saved_epochs} epochs ({self.saved_share:.0%} of the {self.run}{hours})"
         if self.expected_loss is None or self.most is None:
             return said
-        against = "of this run" if self.latest == self.last else f"up to epoch {self.latest}"
+        against = "of these checkpoints" if self.latest == self.last else f"up to epoch {self.latest}"
         return (
             f"{said}; expected to lose {100 * self.expected_loss:.2f} Dice points against the best {against}, with 90 % at most "
             f"{100 * self.most:.2f}"

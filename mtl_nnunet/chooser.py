@@ -498,7 +498,7 @@ def unlike(
     said, is_extreme = [], False
     fewest, most = known.num_checkpoints
     if judges_number and not fewest <= len(epochs) <= most:
-        said.append(f"{len(epochs)} checkpoints; fitted on curves of {_between(fewest, most)}.")
+        said.append(f"there are {len(epochs)} checkpoints; it was fitted on curves of {_between(fewest, most)}.")
     shortest, longest = known.last_epochs
     # a run whose first checkpoint is epoch 0 counts from there
     length = whole + (epochs[0] == 0)

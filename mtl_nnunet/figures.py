@@ -51,7 +51,9 @@ def draw_ranking(ranking: Ranking, dataset: str) -> Figure:
     name, direction = ranking.score.name, f"{ranking.score.name} ({better} is better)"
     with _style():
         figure, (axes, *below) = _figure(2 if logged else 1, unit, rows)
-        _points(axes, unit, age, rows, f"{name} score, 95 % interval")
+        # of too few patients there are none
+        bars = "" if np.isnan([r.low for r in rows]).all() else ", 95 % interval"
+        _points(axes, unit, age, rows, f"{name} score{bars}")
         _mark(axes, unit, age[ranking.choice], ranking.chosen.value, _called(ranking.chosen, unit))
         line, band = (axes.axhline, axes.axhspan) if unit else (axes.axvline, axes.axvspan)
         line(ranking.random.value, color=MUTED, linestyle="--", label="random initialisation")
@@ -94,9 +96,9 @@ def draw_expected_loss(ranking: Ranking) -> Figure | None:
                 label=f"cheaper: epoch {cheaper.epoch}",
             )
         axes.set_ylim(bottom=0)
-        axes.set_ylabel("Dice points lost")
+        axes.set_ylabel("expected Dice points lost")
         figure.suptitle(
-            "Against the best of the run, by the epoch alone" if not told.used else "Against the best", fontsize=11
+            f"Against the best of these checkpoints{'' if told.used else ', by the epoch alone'}", fontsize=11
         )
         _finish(figure, axes, axes, unit)
     return figure
@@ -120,8 +122,14 @@ def draw_levels(ranking: Ranking) -> Figure | None:
             )
             if level in ranking.random.levels:
                 yardstick = axes.axhline if unit else axes.axvline
-                yardstick(ranking.random.levels[level], color=colour, linestyle="--", linewidth=0.8)
-        (axes.set_ylabel if unit else axes.set_xlabel)(ranking.score.name)
+                at = ranking.random.levels[level]
+                yardstick(at, color=colour, linestyle="--", linewidth=0.8)
+                # lines differ by their colour alone: at the edge stands the marker of the level
+                place = ([1.0], [at], axes.get_yaxis_transform()) if unit else ([at], [1.0], axes.get_xaxis_transform())
+                edge = {"color": colour, "marker": marker, "fillstyle": "none", "clip_on": False, "linestyle": "none"}
+                axes.plot(*place[:2], transform=place[2], **edge)  # type: ignore[arg-type]
+        better = "higher" if ranking.score.higher_is_better else "lower"
+        (axes.set_ylabel if unit else axes.set_xlabel)(f"{ranking.score.name} ({better} is better)")
         figure.suptitle("Dashed: random initialisation at the same level", fontsize=11)
         _finish(figure, axes, axes, unit)
     return figure

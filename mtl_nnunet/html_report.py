@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,15 @@ from mtl_nnunet.figures import (
     write_figure,
 )
 from mtl_nnunet.files import write_text
-from mtl_nnunet.pictures import LONGEST_SIDE, are_colours, sample_pictures, shown_ranges, values_looked_at
+from mtl_nnunet.pictures import (
+    CLASS_COLOURS,
+    LONGEST_SIDE,
+    MOST_CHANNELS,
+    are_colours,
+    sample_pictures,
+    shown_ranges,
+    values_looked_at,
+)
 from mtl_nnunet.ranking import Ranking
 from mtl_nnunet.report import budget_text, comparison_text, names_of, notes_of, verdict_text
 from mtl_nnunet.slices import Slices
@@ -32,6 +40,8 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
+# of the sides of a pixel, up to which a picture with square pixels shows anatomy as it is
+SQUARE = 1.02
 SIDES = {"L": "left", "R": "right", "A": "front", "P": "back", "S": "head", "I": "feet"}
 PLANES = {"L": "sagittal", "R": "sagittal", "A": "coronal", "P": "coronal", "S": "axial", "I": "axial"}
 
@@ -81,6 +91,7 @@ def write_report(
     """
     ranking = rankings[0]
     orientations = _orientations(dataset, slices)
+    warnings = [*warnings, *_turned_in_words(orientations)]
     samples = sample_pictures(slices, ranking.score, dataset.channel_names, orientations, content["seed"])
     drawn = {
         "ranking": draw_ranking(ranking, dataset.name),
@@ -121,6 +132,11 @@ def write_report(
         files=sorted(f.name for f in folder.iterdir()),
         image=_image,
         shrunk=max(slices.images.shape[2:]) > LONGEST_SIDE,
+        stretched=max(slices.spacing) / min(slices.spacing) > SQUARE,
+        unshown=0 if are_colours(dataset.channel_names) else max(0, len(dataset.channel_names) - MOST_CHANNELS),
+        label_key=_label_key(slices),
+        intervals=any(not np.isnan(c.low) for c in ranking.checkpoints),
+        counted_as_patients=all(c.patient == c.name for c in dataset.cases),
         sides=SIDES,
         planes=[(min(c.plane[i] for c in slices.used), max(c.plane[i] for c in slices.used)) for i in (0, 1)],
     )
@@ -135,7 +151,15 @@ def _template() -> Any:
     environment.filters["number"] = lambda value, form=".4f": (
         "–" if value is None or np.isnan(value) else format(value, form)
     )
+    environment.filters["probability"] = _probability
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+
+
+def _probability(value: float | None) -> str:
+    """With three decimals; what is not certain is not rounded to certain: draws are few."""
+    if value is None or np.isnan(value):
+        return "–"
+    return "<0.001" if value < 0.001 else ">0.999" if value > 0.999 else f"{value:.3f}"
 
 
 def _in_page(svg: str, name: str, ranking: Ranking) -> Markup:
@@ -146,8 +170,8 @@ def _in_page(svg: str, name: str, ranking: Ranking) -> Markup:
     title, description = {
         "ranking": (
             f"{score} score of each checkpoint",
-            f"{len(rows)} checkpoints from {ranking.chosen.label} (chosen, {ranking.chosen.value:.4f}) to the best score "
-            f"{rows[ranking.best].label} ({rows[ranking.best].value:.4f}); random initialisation {ranking.random.value:.4f}. "
+            f"{len(rows)} checkpoint{'s' if len(rows) > 1 else ''}. Chosen: {ranking.chosen.label}, {ranking.chosen.value:.4f}. Best score: "
+            f"{rows[ranking.best].label}, {rows[ranking.best].value:.4f}. Random initialisation: {ranking.random.value:.4f}. "
             "The table below has every number.",
         ),
         "expected_loss": (
@@ -170,6 +194,10 @@ def _rows(ranking: Ranking) -> list[dict[str, Any]]:
                 "row": row,
                 "file": row.checkpoint.path.name if row.checkpoint else "",
                 "accuracy": row.checkpoint.logged_accuracy if row.checkpoint else None,
+                # what went out of a race early was not drawn with those that stayed, and one alone is always the best
+                "probability": row.probability_of_best_score
+                if row.out_after is None and len(ranking.checkpoints) > 1
+                else None,
                 "loss": [100 * float(v[i]) for v in (told.expected_loss, told.low, told.high)]
                 if known and told
                 else None,
@@ -188,6 +216,18 @@ def _lines(text: str) -> list[str]:
 def _orientations(dataset: Dataset, slices: Slices) -> dict[str, str | None]:
     used = {c.name for c in slices.used}
     return {c.name: orientation(c, dataset.reader) for c in dataset.cases if c.name in used}
+
+
+def _turned_in_words(orientations: Mapping[str, str | None]) -> list[str]:
+    """What is wrong where cases are stored the one this way and the other that way."""
+    counted = Counter(letters for letters in orientations.values() if letters)
+    if len(counted) < 2:
+        return []
+    names = ", ".join(f"{letters} in {number}" for letters, number in counted.most_common())
+    return [
+        f"Cases have several orientations ({names}), and nothing is turned: neither here nor in nnU-Net's training, so slices of one "
+        "dataset lie in different ways. Turn the files to one, unless that is meant."
+    ]
 
 
 def _plane(slices: Slices, orientations: dict[str, str | None]) -> str | None:
@@ -210,18 +250,28 @@ def _channels(dataset: Dataset, slices: Slices) -> list[dict[str, Any]]:
         zip(dataset.channel_names, slices.normalization, values_looked_at(slices), strict=True)
     ):
         of_file = slices.intensities.get(str(c))
+        # extremes are of all values: the few that percentiles need miss them
+        whole = slices.images[:, c].numpy()
         low, middle, high = (float(v) for v in np.percentile(values, (0.5, 50, 99.5)))
         found.append(
             {
                 "name": name,
                 "scheme": scheme,
-                "values": [float(values.min()), low, middle, high, float(values.max())],
+                "values": [float(whole.min()), low, middle, high, float(whole.max())],
                 "mean": float(values.mean(dtype=np.float64)),
                 "std": float(values.std(dtype=np.float64)),
                 "foreground": of_file,
             }
         )
     return found
+
+
+def _label_key(slices: Slices) -> list[tuple[str, int]]:
+    """Colour and value of each label that the slices hold; beyond the last colour they begin anew."""
+    if slices.labels is None:
+        return []
+    found = [int(v) for v in np.unique(slices.labels.numpy()) if v > 0]
+    return [(CLASS_COLOURS[(v - 1) % len(CLASS_COLOURS)], v) for v in found]
 
 
 def _ranges(spacings: Sequence[tuple[float, float, float]]) -> list[tuple[float, float, float]]:

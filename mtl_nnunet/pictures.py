@@ -21,6 +21,7 @@ OPPOSITE = {"L": "R", "R": "L", "A": "P", "P": "A", "S": "I", "I": "S"}
 # nnU-Net takes the last for all three; others name each
 COLOURS = (("r", "g", "b"), ("red", "green", "blue"), ("rgb_to_0_1",) * 3)
 CLASSES = ((242, 177, 52), (47, 127, 193), (200, 71, 43), (76, 159, 112), (141, 95, 176))
+CLASS_COLOURS = ("yellow", "blue", "red", "green", "violet")
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,10 @@ class Tile:
 
 @dataclass(frozen=True)
 class Sample:
-    """A slice that is shown: where it is from, which way up, and what the encoder was given of it."""
+    """A slice that is shown: where it is from, which way up, and what the encoder was given of it.
+
+    ``position`` counts from 0 along the slicing axis of the file, not of the volume as cropped.
+    """
 
     case: str
     patient: str
@@ -91,7 +95,7 @@ def sample_pictures(
             Sample(
                 case.name,
                 case.patient,
-                slices.positions[place],
+                case.first + slices.positions[place],
                 why,
                 orientations[case.name],
                 # a row a channel

@@ -87,14 +87,14 @@ def ranking_text(ranking: Ranking) -> str:
 
 def notes_of(ranking: Ranking, row: RankedCheckpoint) -> list[str]:
     """What is to be said of a row of the table."""
-    is_checkpoint = row.checkpoint is not None
+    is_checkpoint, best = row.checkpoint is not None, ranking.checkpoints[ranking.best]
     return [
         note
         for note, applies in (
             ("<- chosen", row is ranking.chosen),
-            ("best score", row is ranking.checkpoints[ranking.best] and row is not ranking.chosen),
+            ("best score", row is best),
             ("last epoch", row is ranking.last),
-            ("undecided", row.undecided and is_checkpoint and row is not ranking.chosen),
+            ("undecided", row.undecided and is_checkpoint and row is not best),
             (f"out after {row.out_after} patients", row.out_after is not None),
             ("yardstick", row is ranking.random),
         )
@@ -128,37 +128,77 @@ def others_text(rankings: Sequence[Ranking]) -> str:
 
 
 def verdict_text(ranking: Ranking) -> str:
-    """The choice in one sentence: which, what it is expected to lose, what of the run could be saved, what is undecided."""
-    chosen, rows, undecided = ranking.chosen, ranking.checkpoints, ranking.undecided
-    budgets = budgets_of(ranking)
-    told = ranking.expectation
-    if budgets:
-        said = [f"Start from epoch {budgets[0].epoch} of {budgets[0].last}"]
-    elif len(rows) == 1:
-        said = [f"Start from {_in_words([chosen])}, the only checkpoint"]
+    """The choice in a few plain sentences: which and why, what it is expected to lose and how that is known, what could be saved, what the score says."""
+    rows, told, budgets = ranking.checkpoints, ranking.expectation, budgets_of(ranking)
+    chosen = ranking.chosen
+    if len(rows) == 1:
+        said = [f"Start from {_in_words([chosen])}, the only checkpoint."]
+    elif budgets:
+        said = [f"Start from epoch {budgets[0].epoch} of {budgets[0].last} ({_why(ranking)})."]
     else:
-        said = [f"Start from {_in_words([chosen])}, one of {len(rows)} checkpoints ({ranking.rule.text})"]
+        said = [f"Start from {_in_words([chosen])}, one of {len(rows)} checkpoints ({_why(ranking)})."]
     if told is not None:
-        said.append(told.text)
+        said.append(_loss_in_words(told))
     if budgets and budgets[0].saved_epochs:
-        said.append(f"{budgets[0].saved_share:.0%} of the {budgets[0].run} could have been saved")
+        unpriced = "" if told is not None else "; what that costs in Dice this rule does not say"
+        said.append(f"{budgets[0].saved_share:.0%} of the {budgets[0].run} could have been saved{unpriced}.")
     elif len(budgets) > 1 and (loss := budgets[1].expected_loss) is not None:
         said.append(
-            f"stopping at epoch {budgets[1].epoch} could have saved {budgets[1].saved_share:.0%} of the {budgets[1].run} for an expected loss of "
-            f"{100 * loss:.2f}"
+            f"Stopping at epoch {budgets[1].epoch} could have saved {budgets[1].saved_share:.0%} of the {budgets[1].run} for an expected loss of "
+            f"{100 * loss:.2f} Dice points."
         )
     elif budgets:
-        said.append("nothing of the run could have been saved")
-    if len(undecided) > 1:
-        said.append(f"the score could not separate {_in_words(undecided)}")
-    elif len(rows) > 1:
-        best = rows[ranking.best]
+        said.append("This choice saves nothing of the run.")
+    if len(rows) > 1:
+        said.append(_score_in_words(ranking))
+    if not ranking.better(rows[ranking.best], ranking.random):
         said.append(
-            "the score puts it first, clear of all others"
-            if best is chosen
-            else f"the score alone would have taken {_in_words([best])}"
+            f"{'None' if len(rows) > 1 else 'It'} scores {'' if len(rows) > 1 else 'no '}better than random weights."
         )
-    return "; ".join(said) + "."
+    return " ".join(said)
+
+
+def _why(ranking: Ranking) -> str:
+    rule, told = ranking.rule, ranking.expectation
+    if told is None:
+        return rule.text
+    if ranking.chosen is ranking.last and (told.fell_back or rule.price == 0):
+        return "the last"
+    priced = f", a whole pretraining being worth {rule.price:g} Dice points" if rule.price else ""
+    return f"least expected loss{priced}"
+
+
+def _loss_in_words(told: Choice) -> str:
+    """What is expected to be lost, and that images had no part in it, or which scores of them had."""
+    i = told.index
+    if np.isnan(told.expected_loss[i]):
+        return "What it loses against the best of these checkpoints is not known."
+    by = (
+        f"By other trainings and by {listed(list(told.used))} on these images"
+        if told.used
+        else "Going by its epoch alone, as other trainings went, and not by these images"
+    )
+    return (
+        f"{by}, it is expected to lose {100 * told.expected_loss[i]:.2f} Dice points, 90 % interval {100 * told.low[i]:.2f} to "
+        f"{100 * told.high[i]:.2f}, against the best of these checkpoints."
+    )
+
+
+def _score_in_words(ranking: Ranking) -> str:
+    chosen, best = ranking.chosen, ranking.checkpoints[ranking.best]
+    others, all_others = len(ranking.undecided) - 1, len(ranking.checkpoints) - 1
+    said = "It has the best score" if best is chosen else f"The best score is that of {_in_words([best])}"
+    if not others:
+        return f"{said}, clear of all others{'' if best is chosen else ', the chosen one too'}."
+    if others == 1 and chosen.undecided and best is not chosen:
+        return f"{said}, which cannot be told from that of the chosen one."
+    which = f"{others} of the {all_others} others"
+    if others == all_others:
+        which = "any other" if others > 1 else "the other"
+    said += f", which cannot be told from {which}"
+    if best is chosen or others == all_others:
+        return f"{said}."
+    return f"{said}, the chosen one among them." if chosen.undecided else f"{said}; the chosen one is behind it."
 
 
 def _in_words(rows: Sequence[RankedCheckpoint]) -> str:
@@ -167,13 +207,23 @@ def _in_words(rows: Sequence[RankedCheckpoint]) -> str:
     return f"epoch{'s' if len(rows) > 1 else ''} {names}" if dated else names
 
 
+def _share(value: float) -> str:
+    """In per cent; what is not all is not rounded to all.
+
+    Examples:
+        >>> _share(1.0), _share(0.9975), _share(0.86), _share(0.001)
+        ('100%', '>99%', '86%', '<1%')
+    """
+    return ">99%" if 0.995 <= value < 1 else "<1%" if 0 < value < 0.005 else f"{value:.0%}"
+
+
 def comparison_text(ranking: Ranking) -> str:
     """The chosen checkpoint beside the baselines, paired over patients: last epoch and random initialisation."""
     lines = []
     for name, words in (("last", "the last epoch"), ("random", "random initialisation")):
         if (c := ranking.chosen.compared.get(name)) is not None and not np.isnan(c.low):
             lines.append(
-                f"chosen against {words}: {c.gain:+.4f} [{c.low:+.4f}, {c.high:+.4f}], scores better on {c.probability:.0%} of the draws"
+                f"chosen against {words}: {c.gain:+.4f} [{c.low:+.4f}, {c.high:+.4f}], scores better on {_share(c.probability)} of the draws"
             )
     return "\n".join(lines)
 

@@ -161,14 +161,18 @@ def write_selection(
             dataset,
             slices,
             all_warnings(rankings[0], dataset, slices, fold),
-            next_commands(dataset, folder, fold, cost.device if cost else None),
+            next_commands(dataset, folder, fold, cost.device if cost else None, rankings[0].rule.state),
             cost,
         )
     return content
 
 
 def next_commands(
-    dataset: Dataset, folder: str | Path, fold: int | str | None = None, device: str | None = None
+    dataset: Dataset,
+    folder: str | Path,
+    fold: int | str | None = None,
+    device: str | None = None,
+    state: str = "free",
 ) -> list[str]:
     """What to type after a selection; nothing where the dataset is not one of nnU-Net's.
 
@@ -177,18 +181,20 @@ def next_commands(
         folder: Where it lies.
         fold: Whose validation cases were kept out of it.
         device: To train on; None or ``cuda`` is nnU-Net's own.
+        state: For an encoder that is trained, ``free``, or not, ``frozen``, it was chosen.
     """
     if dataset.reader == "monai" or not re.match(r"Dataset\d{3}_", dataset.name):
         return []
     number, of_fold = int(dataset.name[7:10]), isinstance(fold, int)
     on_device = "" if device in (None, "cuda") else f" -device {device}"
-    train = f"nnUNetv2_train {number} 2d {fold if of_fold else 0} -tr MTLTrainer"
+    trainer = "MTLTrainerFrozenEncoder" if state == "frozen" else "MTLTrainer"
+    train = f"nnUNetv2_train {number} 2d {fold if of_fold else 0} -tr {trainer}"
     lines = [f"nnUNetv2_plan_and_preprocess -d {number} -c 2d"]
     own = Path(os.environ.get("nnUNet_preprocessed", ""), dataset.name, DEFAULT_FOLDER)
     if of_fold or Path(folder).resolve() != own.resolve():
         # training finds only the dataset's own selection by itself
         plans = f"nnUNetPlans_mtl_fold_{fold}" if of_fold else "nnUNetPlans_mtl"
-        lines.append(f"mtl-nnunet plans -d {number} -selection {shlex.quote(str(folder))} -o {plans}")
+        lines.append(f"mtl-nnunet plans -d {number} -selection {shlex.quote(os.path.abspath(folder))} -o {plans}")
         lines.append(f"{train} -p {plans}{on_device}")
     else:
         lines.append(f"{train}{on_device}")

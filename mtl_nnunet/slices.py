@@ -42,6 +42,7 @@ class UsedCase:
         num_slices: How many of its slices were taken.
         spacing: Voxel size along (z, y, x) in mm, as the file states it.
         plane: Rows and columns of its resampled slices, before all were brought to one size.
+        first: Which slice of the file is the first of the cropped volume, along the slicing axis.
     """
 
     name: str
@@ -50,6 +51,7 @@ class UsedCase:
     num_slices: int
     spacing: tuple[float, float, float]
     plane: tuple[int, int]
+    first: int = 0
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ class _Extract:
     taken: tuple[int, ...]
     foreground: list[np.ndarray]
     labels: np.ndarray | None
+    first: int
 
 
 def gather_slices(
@@ -220,7 +223,7 @@ def gather_slices(
         use_mask_for_norm=use_mask,
         intensities=intensities,
         used=tuple(
-            UsedCase(e.case.name, e.case.patient, e.sha256, len(e.taken), e.spacing, (p.shape[2], p.shape[3]))
+            UsedCase(e.case.name, e.case.patient, e.sha256, len(e.taken), e.spacing, (p.shape[2], p.shape[3]), e.first)
             for e, p in zip(extracts, planes, strict=True)
         ),
         labels=labels,
@@ -273,7 +276,7 @@ def _extract(
     axis = int(np.argmax(image.spacing)) if axis is None else axis
     order = [0, *(i + 1 for i in _plane_first(axis))]
     label = None if image.label is None else image.label[None].transpose(order)
-    voxels, mask, _ = crop_to_nonzero(image.voxels.transpose(order), label)
+    voxels, mask, kept = crop_to_nonzero(image.voxels.transpose(order), label)
     taken = evenly(not_empty(voxels, case.name), quota, np.random.default_rng([seed, zlib.crc32(case.name.encode())]))
     # nnU-Net clips resampled values to the range of the whole volume: its extreme slices travel along
     extremes = {int(s) for s in (*voxels.min((2, 3)).argmin(1), *voxels.max((2, 3)).argmax(1))}
@@ -294,6 +297,7 @@ def _extract(
         taken=taken,
         foreground=_foreground_samples(voxels, mask, label is not None, schemes, len(dataset.cases)),
         labels=_countable(mask[:, list(taken)], dataset.ignore_label) if with_labels else None,
+        first=int(kept[0][0]),
     )
 
 

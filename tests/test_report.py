@@ -13,7 +13,7 @@ from mtl_nnunet.cache import Scored
 from mtl_nnunet.checkpoints import Checkpoint, Published
 from mtl_nnunet.decision import Rule
 from mtl_nnunet.ranking import Ranking, ranking_of
-from mtl_nnunet.report import comparison_text, ranking_table, ranking_text, warnings_in_words
+from mtl_nnunet.report import comparison_text, notes_of, ranking_table, ranking_text, verdict_text, warnings_in_words
 from mtl_nnunet.scores import parse_score
 
 PATIENTS = 30
@@ -136,3 +136,33 @@ def test_tables_say_what_was_found() -> None:
     rows = ranking_table([found]).splitlines()
     assert len(rows) == 5
     assert rows[0].startswith("name,parameters,epoch,file,score,low,high")
+
+
+def test_the_verdict_says_where_the_chosen_one_stands_by_the_score() -> None:
+    alone = verdict_text(ranking([0.60, 0.70, 0.65], random=0.5))
+    assert alone.startswith(
+        "Start from epoch 2 of 3 (best score). 33% of the run could have been saved; what that costs in Dice"
+    )
+    assert alone.endswith("It has the best score, clear of all others.")
+    assert verdict_text(ranking([0.60, 0.70, 0.65], random=0.5, rule=Rule("last"))).endswith(
+        "(last epoch). This choice saves nothing of the run. The best score is that of epoch 2, clear of all others, the chosen one too."
+    )
+    close = [0.60, 0.70, 0.7001, 0.65]
+    behind = verdict_text(ranking(close, random=0.5, rule=Rule("last")))
+    assert behind.endswith("which cannot be told from 1 of the 3 others; the chosen one is behind it.")
+    among = verdict_text(ranking(close[:3], random=0.5, rule=Rule("last")))
+    assert among.endswith("The best score is that of epoch 2, which cannot be told from that of the chosen one.")
+    assert verdict_text(ranking(close[:3], random=0.5)).endswith(
+        "It has the best score, which cannot be told from 1 of the 2 others."
+    )
+    assert "cannot be told from any other." in verdict_text(ranking([0.7, 0.7, 0.7], random=0.5))
+    assert verdict_text(ranking([0.6, 0.7], random=0.8)).endswith("None scores better than random weights.")
+
+
+def test_the_best_score_is_not_undecided_about_itself() -> None:
+    found = ranking([0.60, 0.70, 0.65], random=0.5, rule=Rule("last"))
+    assert [notes_of(found, row) for row in found.checkpoints] == [[], ["best score"], ["<- chosen", "last epoch"]]
+    close = ranking([0.60, 0.7001, 0.70], random=0.5, rule=Rule("last"), noise=0.01)
+    notes = [notes_of(close, row) for row in close.checkpoints]
+    # the chosen one too, where the score cannot tell it from the best
+    assert sum("undecided" in n for n in notes) == len(close.undecided) - 1 == 1

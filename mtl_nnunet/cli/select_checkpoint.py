@@ -158,7 +158,7 @@ def select(args: argparse.Namespace) -> None:
     if len(outcome.rankings) > 1:
         print("\n" + others_text(outcome.rankings[1:]))
     print(f"\nwritten: {folder} (report.html to look at; selection.json, encoder.safetensors, ranking.csv, figures)")
-    if commands := next_commands(outcome.dataset, folder, outcome.fold, device):
+    if commands := next_commands(outcome.dataset, folder, outcome.fold, device, ranking.rule.state):
         print("next:", *commands, sep="\n  ")
 
 
