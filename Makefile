@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint docs clean
+.PHONY: demo test test-slow oldest lint docs clean
 
 # the whole job on embedded data: about three minutes on two CPU cores after the installation
 demo: $(VENV)/.installed
@@ -16,6 +16,13 @@ test: $(VENV)/.installed-dev
 # the end-to-end runs: select, plan, train, kill, resume, predict
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
+
+# the default tests on the oldest releases that pyproject.toml allows; PYTHON=python3.10 for the oldest Python
+oldest:
+	$(PYTHON) -m venv --clear $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet uv
+	$(VENV)-oldest/bin/uv pip install --quiet --python $(VENV)-oldest/bin/python --resolution lowest-direct --group test '.[demo,dask,monai]'
+	PATH="$(abspath $(VENV)-oldest/bin):$$PATH" pytest tests
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -39,4 +46,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) mtl_demo site build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-oldest mtl_demo site build dist .pytest_cache .mypy_cache .ruff_cache

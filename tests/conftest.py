@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import logging
+import multiprocessing
 import os
+import random
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
+import matplotlib
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 from jsonschema import Draft202012Validator
 
 import mtl_nnunet
-from mtl_nnunet import selection
+from mtl_nnunet import html_report, selection
 from mtl_nnunet.files import to_json
 
 # one small encoder of each family that is supported
@@ -41,6 +53,31 @@ needs_real_data = pytest.mark.skipif(
 
 
 @pytest.fixture(autouse=True)
+def _own_process() -> Iterator[None]:
+    """What libraries, scripts and commands set for their whole process does not reach the next test.
+
+    MONAI's bundles set the logging and the generators, nnU-Net's plots matplotlib's defaults, scripts the number of threads
+    and nnU-Net's folders.
+    """
+    root, cudnn = logging.getLogger(), torch.backends.cudnn
+    handlers, level = root.handlers[:], root.level
+    threads, deterministic, benchmark = torch.get_num_threads(), cudnn.deterministic, cudnn.benchmark
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    with mock.patch.dict(os.environ), matplotlib.rc_context():
+        yield
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+    cudnn.deterministic, cudnn.benchmark = deterministic, benchmark
+    # pytest's own come and go by themselves
+    for handler in set(root.handlers) - set(handlers):
+        if not type(handler).__module__.startswith("_pytest."):
+            root.removeHandler(handler)
+    root.setLevel(level)
+
+
+@pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test finds another one's results."""
     monkeypatch.setenv("MTL_CACHE", str(tmp_path / "cache"))
@@ -57,6 +94,12 @@ def _selections_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
         return content
 
     monkeypatch.setattr(selection, "_content", checked)
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that read what was chosen and not how it looks: drawing takes longer than scoring a tiny run."""
+    monkeypatch.setattr(html_report, "write_report", lambda folder, *_: (folder / "report.html").write_text("undrawn"))
 
 
 @pytest.fixture(scope="session")
@@ -126,6 +169,87 @@ def make_dataset(nnunet_folders: Path) -> Callable[..., Path]:
         return write_phantoms(nnunet_folders / "raw" / f"Dataset{number:03d}_Phantom", seed=100 * number, **options)
 
     return make
+
+
+@contextmanager
+def nnunet_folders_below(root: Path) -> Iterator[None]:
+    """nnU-Net's three folders, set in the environment."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("raw", "preprocessed", "results"):
+            (root / name).mkdir(parents=True, exist_ok=True)
+            patch.setenv(f"nnUNet_{name}", str(root / name))
+        yield
+
+
+def plan_with_nnunet(*numbers: int, preprocessed: str | None = None) -> None:
+    """What ``nnUNetv2_plan_and_preprocess`` does, by the same functions, in this process.
+
+    Args:
+        numbers: Of the datasets.
+        preprocessed: Which configuration of the first one is preprocessed.
+    """
+    from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
+
+    # threads in place of processes, each of which would import torch for longer than it works
+    pools = SimpleNamespace(Pool=ThreadPool)
+    with mock.patch.object(multiprocessing, "get_context", return_value=pools):
+        extract_fingerprints(list(numbers), num_processes=1, verbose=False)
+        plan_experiments(list(numbers))
+        if preprocessed:
+            preprocess(numbers[:1], configurations=[preprocessed], num_processes=[1])
+
+
+FORKS = """
+import json, os, sys
+exec(sys.argv[1])
+for line in sys.stdin:
+    code, arguments, environment, folder, files = json.loads(line)
+    child = os.fork()
+    if not child:
+        os.chdir(folder)
+        os.environ.clear()
+        os.environ.update(environment)
+        for descriptor, file in enumerate((os.devnull, *files)):
+            os.dup2(os.open(file, os.O_RDWR | os.O_CREAT), descriptor)
+        sys.argv = arguments
+        exec(code)
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@cache
+def forking(imports: str) -> subprocess.Popen[str]:
+    """A process that has imported what its children will need, as ``run_forked`` asks for them."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", FORKS, imports]
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    atexit.register(process.kill)
+    return process
+
+
+def run_forked(
+    code: str, arguments: Sequence[str], environment: Mapping[str, str], folder: Path, imports: str
+) -> subprocess.CompletedProcess[str]:
+    """What ``python -c CODE`` does, in a process of its own that need not import the large libraries first.
+
+    Args:
+        code: What is executed.
+        arguments: ``sys.argv``.
+        environment: All of it; a library that is imported before reads it no more.
+        folder: Where it runs.
+        imports: Code that is executed once for all commands that name it, with one thread each.
+    """
+    with TemporaryDirectory() as temporary:
+        files = [str(Path(temporary, name)) for name in ("out", "err")]
+        process = forking(imports)
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(json.dumps([code, list(arguments), dict(environment), str(folder), files]) + "\n")
+        process.stdin.flush()
+        status = int(process.stdout.readline())
+        out, err = (Path(file).read_text(encoding="utf-8") for file in files)
+    return subprocess.CompletedProcess(list(arguments), status, out, err)
 
 
 class Workplace:

@@ -16,7 +16,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from conftest import DEMO_RUN, REAL_DATA, needs_real_data, phantom
+from conftest import DEMO_RUN, REAL_DATA, needs_real_data, phantom, run_forked
 from monai.bundle import ConfigParser, ConfigWorkflow
 
 from mtl_nnunet import bundles
@@ -28,21 +28,9 @@ from mtl_nnunet.components.plan import UNTRAINED
 from mtl_nnunet.errors import UserError
 from mtl_nnunet.files import sha256
 
-# importing MONAI takes longer than any command, so that it is imported once and each command runs in a fork
-DRIVER = """
-import json, os, runpy, sys
-import monai.bundle.scripts, mtl_nnunet.components
-for i, command in enumerate(json.loads(sys.argv[1])):
-    child = os.fork()
-    if not child:
-        for descriptor in (1, 2):
-            os.dup2(os.open(f"{sys.argv[2]}/{i}.{descriptor}", os.O_WRONLY | os.O_CREAT), descriptor)
-        sys.argv = ["python -m monai.bundle", *command]
-        runpy.run_module("monai.bundle", run_name="__main__", alter_sys=True)
-        sys.exit(0)
-    with open(f"{sys.argv[2]}/{i}.status", "w") as file:
-        file.write(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
-"""
+# importing MONAI takes longer than any command
+MONAI = "import runpy, monai.bundle.scripts, mtl_nnunet.components"
+COMMAND = "runpy.run_module('monai.bundle', run_name='__main__', alter_sys=True)"
 # a flipped and oblique volume; all cases of a dataset share it
 TURN, TILT = np.radians(25), np.radians(10)
 ROTATION = np.array([[np.cos(TURN), -np.sin(TURN), 0], [np.sin(TURN), np.cos(TURN), 0], [0, 0, 1]]) @ np.array(
@@ -94,23 +82,16 @@ class Done:
         return self.err.strip().splitlines()[-1]
 
 
-def bundle_commands(folder: Path, *commands: Sequence[str], fail: bool = False) -> list[Done]:
+def bundle_commands(folder: Path, *commands: Sequence[object], fail: bool = False) -> list[Done]:
     """Run ``python -m monai.bundle`` with each of the arguments, one after the other, in a bundle's folder."""
-    logs = folder / f"logs_{len(list(folder.glob('logs_*')))}"
-    logs.mkdir()
     path = os.pathsep.join([str(bundles.SHIPPED.parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MTL_CACHE": str(folder / "cache")}
-    driver = subprocess.run(
-        [sys.executable, "-c", DRIVER, json.dumps([[str(a) for a in c] for c in commands]), str(logs)],
-        cwd=folder, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert driver.returncode == 0, driver.stderr
-    done = [
-        Done(int((logs / f"{i}.status").read_text()), (logs / f"{i}.1").read_text(), (logs / f"{i}.2").read_text())
-        for i in range(len(commands))
-    ]
-    for command, result in zip(commands, done, strict=True):
-        assert (result.status != 0) == fail, f"{command}\n{result.out[-2000:]}\n{result.err[-3000:]}"
+    done = []
+    for command in commands:
+        arguments = ["python -m monai.bundle", *map(str, command)]
+        result = run_forked(COMMAND, arguments, environment, folder, imports=MONAI)
+        assert (result.returncode != 0) == fail, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-3000:]}"
+        done.append(Done(result.returncode, result.stdout, result.stderr))
     return done
 
 

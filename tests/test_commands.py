@@ -134,10 +134,12 @@ def test_plans_that_somebody_wrote_for_timm_unet_keep_their_width(tmp_path: Path
     assert kwargs["strides"] == [[1, 1], [4, 4], [2, 2], [2, 2], [2, 2]]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_plans_command_writes_a_file_of_another_name(make_dataset, capsys: pytest.CaptureFixture[str]) -> None:
     make_dataset(1)
     folder = Path(os.environ["nnUNet_preprocessed"], NAME)
-    assert select(["-d", "1", "-ckpt", str(DEMO_RUN), "-num_slices", "12", "-device", "cpu"]) == 0
+    checkpoint = str(DEMO_RUN / "checkpoint-39.pth.tar")
+    assert select(["-d", "1", "-ckpt", checkpoint, "-num_slices", "12", "-device", "cpu"]) == 0
     stock_plans(folder)
     stock = (folder / "nnUNetPlans.json").read_bytes()
     assert main(["plans", "-d", "1", "-o", "nnUNetPlansMTL"]) == 0
@@ -213,3 +215,10 @@ def test_folds_and_checkpoint_of_a_bundle_need_a_model(tmp_path: Path, capsys: p
         assert "pass -model FOLDER too" in capsys.readouterr().err
     assert main(["bundle", str(tmp_path / "mine"), "-model", str(tmp_path)]) == 1
     assert not (tmp_path / "mine").exists()
+
+
+def test_a_command_leaves_its_process_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONWARNINGS", raising=False)
+    before = dict(os.environ)
+    assert main(["bundle", str(tmp_path / "bundle")]) == 0
+    assert dict(os.environ) == before

@@ -19,7 +19,9 @@ from mtl_nnunet.selection import ENCODER_FILE
 
 
 @pytest.fixture
-def whole(nnunet_folders: Path, make_dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+def whole(
+    nnunet_folders: Path, make_dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, undrawn: None
+) -> Path:
     """Everything set up, and a selection made."""
     make_dataset(1, num_cases=4)
     monkeypatch.setenv("nnUNet_extTrainer", str(trainers_folder()))

@@ -77,10 +77,20 @@ def test_a_bad_case_ends_in_exit_code_1_while_other_threads_still_read(
     folder = make_dataset(1, num_cases=20, shape=(35, 51, 35), spacing=(1.0, 1.0, 1.0))
     broken = folder / "imagesTr" / "case_07_0000.nii.gz"
     broken.write_bytes(broken.read_bytes()[:3000])
-    for _ in range(3):
-        done = subprocess.run([*COMMAND, *FEW, "-num_slices", "40"], capture_output=True, text=True, check=False)
-        assert done.returncode == 1, done.stderr
-        assert "case_07" in done.stderr.strip().splitlines()[-1]
+    # libraries are imported once, and each of the three processes ends as one of its own does
+    thrice = (
+        "import os, sys, mtl_nnunet.ranking, nnunetv2.imageio.reader_writer_registry\n"
+        "from mtl_nnunet.cli.select_checkpoint import main\n"
+        "for _ in range(3):\n"
+        "    if not (child := os.fork()): sys.exit(main())\n"
+        "    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)\n"
+        "    print('ended', file=sys.stderr, flush=True)"
+    )
+    command = [sys.executable, "-c", thrice, *FEW, "-num_slices", "40"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["1", "1", "1"], done.stderr
+    for err in done.stderr.split("ended\n")[:3]:
+        assert "case_07" in err.strip().splitlines()[-1]
 
 
 def test_a_terminated_run_leaves_nothing_half_written(make_dataset: Callable[..., Path], tmp_path: Path) -> None:
@@ -113,6 +123,7 @@ def test_labels_of_a_fold_given_in_words_are_kept_out_too(make_dataset: Callable
 @pytest.mark.parametrize(
     "log", [b"epoch,eval_top1\n39,nan\n25,inf\n", "epoch,eval_top1,näme\n39,1.0,x\n".encode("latin-1")]
 )
+@pytest.mark.usefixtures("undrawn")
 def test_what_a_run_logged_never_stops_the_scoring(
     make_dataset: Callable[..., Path], tmp_path: Path, log: bytes
 ) -> None:
@@ -125,6 +136,7 @@ def test_what_a_run_logged_never_stops_the_scoring(
     assert json.loads((selection() / "selection.json").read_text())["choice"]["logged_accuracy"] is None
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_overwriting_replaces_a_selection_and_nothing_else(
     make_dataset: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -164,6 +176,7 @@ def test_names_without_a_number_are_no_datasets(
     assert "neither a dataset number nor a name" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_cases_without_a_label_and_a_broken_first_case_are_skipped_when_told(make_dataset: Callable[..., Path]) -> None:
     folder = make_dataset(1, num_cases=24)
     (folder / "labelsTr" / "case_05.nii.gz").unlink()
@@ -254,6 +267,7 @@ def test_labels_beyond_int16_are_named(make_dataset: Callable[..., Path], capsys
     assert "32767" in said(capsys)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_mistakes_on_the_command_line_are_told_before_an_old_selection_is_looked_at(
     make_dataset: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

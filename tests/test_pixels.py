@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import phantom, write_image
+from conftest import phantom, plan_with_nnunet, write_image
 
 from mtl_nnunet.cases import find_nnunet_dataset, without_validation_cases
 from mtl_nnunet.errors import UserError
@@ -89,13 +89,10 @@ def test_without_labels_all_patients_count_alike() -> None:
 
 
 def test_labels_are_those_that_nnunet_preprocesses(make_dataset: Callable[..., Path], nnunet_folders: Path) -> None:
-    from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
     from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
     make_dataset(7, num_cases=5, shape=(10, 70, 66), spacing=(3.0, 0.8, 0.8))
-    extract_fingerprints([7], num_processes=1)
-    plan_experiments([7])
-    preprocess([7], configurations=["2d"], num_processes=[1])
+    plan_with_nnunet(7, preprocessed="2d")
     slices = gather_slices(find_nnunet_dataset(7), 15, with_labels=True)
     stored = nnUNetDatasetBlosc2(str(nnunet_folders / "preprocessed" / "Dataset007_Phantom" / "nnUNetPlans_2d"))
     assert slices.labels is not None

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,6 +14,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from conftest import DEMO_RUN, run_forked
 from timm.models import save_for_hf
 
 from mtl_nnunet.checkpoints import find_checkpoints, find_published, list_checkpoints, list_published
@@ -102,6 +101,8 @@ def hub(repositories: Path) -> Iterator[tuple[str, list[str]]]:
     server.shutdown()
 
 
+# huggingface_hub, and timm, which imports it, are not among them
+IMPORTS = "import warnings, torch, torchvision; warnings.simplefilter('ignore')"
 SCRIPT = """
 import json, sys
 from dataclasses import asdict
@@ -123,8 +124,7 @@ def in_new_process(home: Path, *names: str, address: str | None = None) -> Any:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     environment |= {"HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1"}
     environment |= {"HF_HUB_OFFLINE": "1"} if address is None else {"HF_ENDPOINT": address}
-    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, *names]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    done = run_forked(SCRIPT, ["-c", *names], environment, home, imports=IMPORTS)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 
@@ -303,8 +303,6 @@ def test_networks_that_do_not_go_together_are_refused_before_they_are_fetched() 
 
 def test_licence_goes_into_the_selection_and_is_warned_of(tmp_path: Path, make_dataset: Any) -> None:
     from dataclasses import replace
-
-    from conftest import DEMO_RUN
 
     from mtl_nnunet.report import warnings_in_words
     from mtl_nnunet.select import select_checkpoint

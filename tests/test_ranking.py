@@ -246,11 +246,19 @@ def test_killed_in_the_middle_and_started_again_nothing_is_scored_twice(
 ) -> None:
     make_dataset(1, num_cases=8)
     command = [sys.executable, "-c", "import sys; from mtl_nnunet.cli.select_checkpoint import main; sys.exit(main())"]
-    command += ["-d", "1", "-ckpt", str(DEMO_RUN), "-num_slices", "32", "-device", "cpu"]
-    command += ["-score", "contrastive", "hscore", "-cache", str(tmp_path / "kept")]
+    # the second time without what was kept, in the process that went on after the kill
+    twice = (
+        "import shutil, sys; from mtl_nnunet.cli.select_checkpoint import main\n"
+        "selection, *arguments = sys.argv[1:]\n"
+        "assert main(arguments) == 0\n"
+        "shutil.copytree(selection, f'{selection}_resumed')\n"
+        "sys.exit(main([*arguments, '--overwrite', '--no-cache']))"
+    )
+    arguments = ["-d", "1", "-ckpt", str(DEMO_RUN), "-num_slices", "32", "-device", "cpu"]
+    arguments += ["-score", "contrastive", "hscore", "-cache", str(tmp_path / "kept")]
     log = tmp_path / "log"
     with open(log, "w") as stderr:
-        process = subprocess.Popen(command, stderr=stderr, stdout=stderr)
+        process = subprocess.Popen([*command, *arguments], stderr=stderr, stdout=stderr)
         while process.poll() is None and len(list((tmp_path / "kept").glob("*.npz"))) < 4:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
@@ -259,14 +267,13 @@ def test_killed_in_the_middle_and_started_again_nothing_is_scored_twice(
     kept = {f.name: f.stat().st_mtime_ns for f in (tmp_path / "kept").glob("*.npz")}
     if process.returncode == -signal.SIGKILL:
         assert not selection.exists()
+    command = [sys.executable, "-c", twice, str(selection), *arguments]
     finished = subprocess.run(command, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     now = {f.name: f.stat().st_mtime_ns for f in (tmp_path / "kept").glob("*.npz")}
     assert len(now) == 14
     assert all(now[name] == written for name, written in kept.items()), "what was kept is not written again"
-    resumed = json.loads((selection / "selection.json").read_text())
-    whole = subprocess.run([*command, "--overwrite", "--no-cache"], capture_output=True, text=True)
-    assert whole.returncode == 0, whole.stderr
+    resumed = json.loads((selection.with_name("mtl_selection_resumed") / "selection.json").read_text())
     fresh = json.loads((selection / "selection.json").read_text())
     assert {k: v for k, v in resumed.items() if k != "created"} == {k: v for k, v in fresh.items() if k != "created"}
 

@@ -101,6 +101,7 @@ def test_writes_the_choice_and_prints_what_to_do_next(dataset: Path, capsys: pyt
     assert read_selection(selection_folder()).epoch == chosen_entry["epoch"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_best_score_chooses_where_asked_to(dataset: Path) -> None:
     assert run("-rule", "best") == 0
     content = json.loads((selection_folder() / "selection.json").read_text())
@@ -124,6 +125,7 @@ def test_same_seed_writes_the_same_bytes_but_for_one_line(dataset: Path) -> None
     assert [a for a, b in zip(first, second, strict=True) if a != b and not a.startswith(b"<time ")] == []
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_another_seed_reads_other_slices(dataset: Path) -> None:
     assert run() == 0
     first = (selection_folder() / "ranking.csv").read_text()
@@ -131,11 +133,13 @@ def test_another_seed_reads_other_slices(dataset: Path) -> None:
     assert (selection_folder() / "ranking.csv").read_text() != first
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_json_alone_on_stdout(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--json") == 0
     assert json.loads(capsys.readouterr().out) == json.loads((selection_folder() / "selection.json").read_text())
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_published_score_with_parameters(dataset: Path) -> None:
     assert run("-score", "robustness:level=5,distance=l2", "-rule", "best") == 0
     content = json.loads((selection_folder() / "selection.json").read_text())
@@ -143,6 +147,7 @@ def test_published_score_with_parameters(dataset: Path) -> None:
     assert content["choice"] == min(content["checkpoints"], key=lambda c: c["value"])
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_expected_loss_is_the_default(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run() == 0
     printed = capsys.readouterr()
@@ -159,6 +164,7 @@ def test_expected_loss_is_the_default(dataset: Path, capsys: pytest.CaptureFixtu
     assert content["other_scores"] == []
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_that_was_cut_short_is_judged_as_a_part_of_the_planned_one(
     dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -204,6 +210,7 @@ def test_of_several_runs_the_score_chooses(dataset: Path, tmp_path: Path, capsys
 
 
 @pytest.mark.parametrize("asked", [(), ("-score", "robustness", "infonce")])
+@pytest.mark.usefixtures("undrawn")
 def test_a_chooser_weighs_the_scores_it_was_fitted_with(
     dataset: Path, capsys: pytest.CaptureFixture[str], chooser_file: Path, asked: tuple[str, ...]
 ) -> None:
@@ -238,11 +245,13 @@ def test_a_chooser_goes_with_expected_loss(
     assert "no-such.json" in refused(capsys, "-chooser", str(tmp_path / "no-such.json"))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_other_rules_say_nothing_of_losses(dataset: Path) -> None:
     assert run("-rule", "last") == 0
     assert json.loads((selection_folder() / "selection.json").read_text())["expected_loss"] is None
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_views_of_another_kind_are_not_what_the_chooser_knows(dataset: Path, chooser_file: Path) -> None:
     rule = ("-rule", "expected-loss:price=3", "-chooser", str(chooser_file))
     assert run("-score", "robustness", "-views", "scanner", *rule) == 0
@@ -257,6 +266,7 @@ def test_views_of_another_kind_are_not_what_the_chooser_knows(dataset: Path, cho
     )
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_training_is_told_that_the_moving_average_was_chosen(dataset: Path, tmp_path: Path) -> None:
     model = timm.create_model("test_resnet", num_classes=5)
     ema = timm.utils.ModelEmaV3(timm.create_model("test_resnet", num_classes=5))
@@ -277,6 +287,7 @@ def test_training_is_told_that_the_moving_average_was_chosen(dataset: Path, tmp_
     assert all(torch.equal(v, ema.module.state_dict()[k]) for k, v in written.items())
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_images_without_nnunet(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = tmp_path / "images"
     shutil.copytree(dataset / "imagesTr", images)
@@ -287,6 +298,7 @@ def test_images_without_nnunet(dataset: Path, tmp_path: Path, monkeypatch: pytes
     assert main(["-i", str(images), "-ckpt", str(DEMO_RUN), *FEW]) == 1
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_patients_share_cases(dataset: Path, tmp_path: Path) -> None:
     table = tmp_path / "patients.csv"
     table.write_text("case,patient\n" + "".join(f"case_{i:02d},p{i // 2}\n" for i in range(6)))
@@ -296,6 +308,7 @@ def test_patients_share_cases(dataset: Path, tmp_path: Path) -> None:
     assert [c["patient"] for c in content["dataset"]["cases_used"]] == ["p0", "p0", "p1", "p1", "p2", "p2"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_existing_selection_is_kept_unless_told(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run() == 0
     before = (selection_folder() / "selection.json").read_bytes()
@@ -421,6 +434,7 @@ def test_broken_checkpoints_are_named_in_one_line(
 
 
 @pytest.mark.filterwarnings("default::mtl_nnunet.errors.AssumedWarning")
+@pytest.mark.usefixtures("undrawn")
 def test_a_plain_state_dict_tells_its_network_by_its_tensors(
     dataset: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

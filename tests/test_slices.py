@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import REAL_DATA, needs_real_data, phantom, write_image
+from conftest import REAL_DATA, needs_real_data, phantom, plan_with_nnunet, write_image
 
 import mtl_nnunet.cases
 from mtl_nnunet.cases import find_image_folder, find_nnunet_dataset, sampled_cases, with_patients
@@ -21,13 +21,11 @@ from mtl_nnunet.slices import Slices, gather_slices
 
 def nnunet_plans(number: int, folder: Path) -> tuple[Any, dict[str, Any]]:
     """nnU-Net's own fingerprint and plans of a raw dataset."""
-    from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
-    from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    DatasetFingerprintExtractor(number, num_processes=1).run(overwrite_existing=True)
-    planner = ExperimentPlanner(number)
-    return PlansManager(planner.plan_experiment()), json.loads((folder / "dataset.json").read_text())
+    plan_with_nnunet(number)
+    plans = Path(os.environ["nnUNet_preprocessed"], folder.name, "nnUNetPlans.json")
+    return PlansManager(str(plans)), json.loads((folder / "dataset.json").read_text())
 
 
 def nnunet_volume(plans: Any, description: dict[str, Any], folder: Path, case: str) -> np.ndarray:

@@ -20,7 +20,7 @@ import pytest
 import timm.layers
 import torch
 import torch.distributed as dist
-from conftest import DEMO_RUN, FAMILIES, write_phantoms
+from conftest import DEMO_RUN, FAMILIES, nnunet_folders_below, plan_with_nnunet, write_phantoms
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as nnunet_trainer
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -56,27 +56,19 @@ NAME = "Dataset007_Phantom"
 
 @pytest.fixture(scope="session")
 def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """nnU-Net's three folders with a dataset that is selected for, planned and preprocessed, by the real commands."""
+    """nnU-Net's three folders with a dataset that is selected for, by the real command, planned and preprocessed."""
     root = tmp_path_factory.mktemp("planned")
     write_phantoms(root / "raw" / NAME, num_cases=5, shape=(6, 56, 40))
-    environment = {
-        **os.environ,
-        **{f"nnUNet_{k}": str(root / k) for k in ("raw", "preprocessed", "results")},
-        "nnUNet_n_proc_DA": "1",
-        "nnUNet_def_n_proc": "1",
-    }
-    (root / "preprocessed").mkdir()
-    bin_folder = Path(sys.executable).parent
-    for command in (
-        ["mtl-select-checkpoint", "-d", "7", "-ckpt", str(DEMO_RUN), "-num_slices", "20", "-device", "cpu"],
-        ["nnUNetv2_plan_and_preprocess", "-d", "7", "-c", "2d", "-np", "1", "-npfp", "1"],
-    ):
-        subprocess.run([bin_folder / command[0], *command[1:]], env=environment, check=True, capture_output=True)
+    with nnunet_folders_below(root):
+        command = Path(sys.executable).with_name("mtl-select-checkpoint")
+        options = ["-d", "7", "-ckpt", str(DEMO_RUN), "-num_slices", "20", "-device", "cpu"]
+        subprocess.run([command, *options], check=True, capture_output=True)
+        plan_with_nnunet(7, preprocessed="2d")
     return root
 
 
 @pytest.fixture
-def folders(planned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folders(planned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undrawn: None) -> Path:
     """A copy of the planned dataset that a test may spoil."""
     shutil.copytree(planned, tmp_path / "nn")
     (tmp_path / "nn" / "results").mkdir(exist_ok=True)

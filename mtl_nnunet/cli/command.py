@@ -28,19 +28,13 @@ def run(
     """
     _refuse_lost_dash(parser, sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(argv)
-    if not getattr(args, "verbose", False):
-        # for the workers, which start with no filter of their own
-        os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning,ignore::DeprecationWarning")
+    verbose = getattr(args, "verbose", False)
     try:
-        with _tidy_when_terminated(), warnings.catch_warnings():
-            if not getattr(args, "verbose", False):
-                # what other packages will change one day is no concern of the user's
-                warnings.simplefilter("ignore", FutureWarning)
-                warnings.simplefilter("ignore", DeprecationWarning)
+        with _tidy_when_terminated(), warnings.catch_warnings(), _without_warnings_of_others(verbose):
             warnings.showwarning = partial(_show_warning, parser.prog, warnings.showwarning)
             command(args)
     except UserError as error:
-        if getattr(args, "verbose", False):
+        if verbose:
             traceback.print_exc()
         one_line = re.sub(r"\s*\n\s*", " ", str(error).strip())
         print(f"{parser.prog}: {one_line}", file=sys.stderr)
@@ -75,6 +69,25 @@ def _options(parser: argparse.ArgumentParser) -> Iterator[str]:
         if isinstance(action, argparse._SubParsersAction):
             for sub in action.choices.values():
                 yield from _options(sub)
+
+
+@contextmanager
+def _without_warnings_of_others(verbose: bool) -> Iterator[None]:
+    """What other packages will change one day is no concern of the user's; inside ``warnings.catch_warnings``."""
+    if verbose:
+        yield
+        return
+    warnings.simplefilter("ignore", FutureWarning)
+    warnings.simplefilter("ignore", DeprecationWarning)
+    asked = "PYTHONWARNINGS" in os.environ
+    if not asked:
+        # for the workers, which start with no filter of their own
+        os.environ["PYTHONWARNINGS"] = "ignore::FutureWarning,ignore::DeprecationWarning"
+    try:
+        yield
+    finally:
+        if not asked:
+            os.environ.pop("PYTHONWARNINGS", None)
 
 
 def _show_warning(
