@@ -188,12 +188,17 @@ def plan_with_nnunet(*numbers: int, preprocessed: str | None = None) -> None:
         numbers: Of the datasets.
         preprocessed: Which configuration of the first one is preprocessed.
     """
-    from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
+    from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+    from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiments, preprocess
 
     # threads in place of processes, each of which would import torch for longer than it works
     pools = SimpleNamespace(Pool=ThreadPool)
     with mock.patch.object(multiprocessing, "get_context", return_value=pools):
-        extract_fingerprints(list(numbers), num_processes=1, verbose=False)
+        for number in numbers:
+            fingerprint = DatasetFingerprintExtractor(number, num_processes=1)
+            # nnU-Net draws 10**8 voxels, of foregrounds that have a few thousand here
+            fingerprint.num_foreground_voxels_for_intensitystats = 10**6
+            fingerprint.run(overwrite_existing=True)
         plan_experiments(list(numbers))
         if preprocessed:
             preprocess(numbers[:1], configurations=[preprocessed], num_processes=[1])
