@@ -10,6 +10,8 @@ from typing import Any
 from mtl_nnunet.errors import UserError
 
 BACKENDS = ("loky", "dask", "ray")
+# seconds
+WORKERS_WITHIN = 300
 
 
 @contextmanager
@@ -75,9 +77,24 @@ def _dask_client(num_processes: int, address: str | None) -> Iterator[None]:
             f"no Dask scheduler answers at {address} ({error}). Start one, or leave -address out."
         ) from error
     with client:
+        _wait_for_a_worker(client, address)
         yield
     if address is None and client.cluster is not None:
         client.cluster.close()
+
+
+def _wait_for_a_worker(client: Any, address: str | None) -> None:
+    """Jobs of a cluster start one after the other, and clusters that adapt start workers only for work that waits."""
+    from distributed import TimeoutError as NoAnswerError
+
+    if client.ncores():
+        return
+    try:
+        client.submit(os.getpid).result(timeout=WORKERS_WITHIN)
+    except NoAnswerError as error:
+        raise UserError(
+            f"the Dask scheduler at {address} had no worker for {WORKERS_WITHIN} s. Start some: dask worker {address}."
+        ) from error
 
 
 def _join_ray(num_processes: int, address: str | None) -> None:

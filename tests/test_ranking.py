@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,9 +16,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEMO_RUN
+from joblib import delayed
 from torch import nn
 
 import mtl_nnunet
+from mtl_nnunet import parallel
 from mtl_nnunet import ranking as ranking_module
 from mtl_nnunet.bootstrap import bootstrap_draws
 from mtl_nnunet.cache import ResultCache, Scored
@@ -301,6 +304,27 @@ def test_a_cluster_that_does_not_answer_or_is_not_installed_is_named(monkeypatch
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(UserError, match=r"mtl-nnunet\[dask\]"), workers(2, "dask"):
         pass
+
+
+def test_a_cluster_without_workers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    distributed = pytest.importorskip("distributed", reason="Dask is an optional dependency")
+    monkeypatch.setattr(parallel, "WORKERS_WITHIN", 0.5)
+    with (
+        distributed.LocalCluster(n_workers=0, processes=False, dashboard_address=None) as cluster,
+        pytest.raises(UserError, match=f"{cluster.scheduler_address} had no worker"),
+        workers(1, "dask", cluster.scheduler_address),
+    ):
+        pass
+
+
+def test_a_worker_that_comes_later_is_waited_for() -> None:
+    distributed = pytest.importorskip("distributed", reason="Dask is an optional dependency")
+    with distributed.LocalCluster(n_workers=0, processes=False, dashboard_address=None) as cluster:
+        late = threading.Timer(0.5, cluster.scale, (1,))
+        late.start()
+        with workers(1, "dask", cluster.scheduler_address):
+            assert list(parallel.in_parallel([delayed(abs)(-3)])) == [3]
+        late.join()
 
 
 @pytest.mark.parametrize("name", ["contrastive", "robustness", "hscore", "probe"])
