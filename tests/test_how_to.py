@@ -217,7 +217,7 @@ def test_the_pages_about_one_dataset_run(tmp_path: Path) -> None:
     del elsewhere.environment["nnUNet_extTrainer"]
     run(elsewhere, elsewhere_block, means)
     assert [f.name for f in Path(out).glob("*.nii.gz")] == ["new.nii.gz"]
-    make, *predict = commands(bundle)
+    _, make, *predict = commands(bundle)
     place.run(*[str(tmp_path / "bundle") if w == "hippocampus" else w.replace("MTLTrainer_", f"{SHORT}_") for w in with_own(make, means)])  # fmt: skip
     assert (tmp_path / "bundle" / "configs" / "inference.yaml").is_file()
     assert predict[-1][:4] == ["python", "-m", "monai.bundle", "run"]
