@@ -186,7 +186,7 @@ def test_the_page_of_a_kind_of_images_runs(
         means = {**stand_ins(place), "imagesTr/": str(raw / "imagesTr"), "selection/": str(tmp_path / "selection")}
         run(place, blocks(file)[1], means)
         of_folder = json.loads((tmp_path / "selection" / "selection.json").read_text())
-        assert of_folder["dataset"]["normalization"] == ["CTNormalization"]
+        assert of_folder["slices"]["normalization"] == ["CTNormalization"]
 
 
 @pytest.mark.slow
