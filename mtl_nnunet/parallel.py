@@ -12,6 +12,14 @@ from mtl_nnunet.errors import UserError
 BACKENDS = ("loky", "dask", "ray")
 # seconds
 WORKERS_WITHIN = 300
+# what the backends raise when a worker is gone; none of them need be installed
+LOST_WORKER = {
+    "concurrent.futures._base.BrokenExecutor",
+    "distributed.scheduler.KilledWorker",
+    "ray.exceptions.WorkerCrashedError",
+    "ray.exceptions.RayActorError",
+    "ray.exceptions.OutOfMemoryError",
+}
 
 
 @contextmanager
@@ -50,6 +58,9 @@ def in_parallel(jobs: Iterable[Any], ordered: bool = True, num_workers: int | No
         jobs: What to run.
         ordered: In the order of the jobs, or as they are done.
         num_workers: None for as many as are set.
+
+    Raises:
+        UserError: A worker died.
     """
     from joblib import Parallel
     from joblib.parallel import get_active_backend
@@ -57,7 +68,15 @@ def in_parallel(jobs: Iterable[Any], ordered: bool = True, num_workers: int | No
     kind = "generator" if ordered else "generator_unordered"
     # Ray's backend gives all results at the end
     return_as = kind if get_active_backend()[0].supports_return_generator else "list"
-    yield from Parallel(n_jobs=num_workers, return_as=return_as)(jobs)
+    try:
+        yield from Parallel(n_jobs=num_workers, return_as=return_as)(jobs)
+    except Exception as error:
+        if not LOST_WORKER & {f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__}:
+            raise
+        raise UserError(
+            f"a worker died while it computed ({type(error).__name__}), most often for want of memory. Pass a smaller -np or fewer -num_slices, or "
+            "use a machine with more memory; with the cache on, what was finished is not computed again."
+        ) from error
 
 
 @contextmanager

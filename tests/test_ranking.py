@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -315,6 +317,15 @@ def test_a_cluster_without_workers_is_named(monkeypatch: pytest.MonkeyPatch) -> 
         workers(1, "dask", cluster.scheduler_address),
     ):
         pass
+
+
+def test_a_worker_that_dies_is_said_in_one_line() -> None:
+    with pytest.raises(UserError, match="a worker died"), workers(2):
+        list(parallel.in_parallel([delayed(os._exit)(1) for _ in range(2)]))
+    installed = [name for name in parallel.LOST_WORKER if importlib.util.find_spec(name.partition(".")[0])]
+    for name in installed:
+        module, _, kind = name.rpartition(".")
+        assert issubclass(getattr(importlib.import_module(module), kind), Exception)
 
 
 def test_a_worker_that_comes_later_is_waited_for() -> None:
