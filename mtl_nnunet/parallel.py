@@ -124,6 +124,9 @@ def _join_ray(num_processes: int, address: str | None) -> None:
         raise UserError("-backend ray needs Ray. Install it: pip install 'mtl-nnunet[ray]'.") from error
     try:
         ray.init(address=address, num_cpus=None if address else num_processes, ignore_reinit_error=True)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise UserError(f"no Ray cluster answers at {address} ({error}). Start one, or leave -address out.") from error
+    except Exception as error:  # a start that times out is a bare Exception
+        what = "Ray could not be started here" if address is None else f"no Ray cluster answers at {address}"
+        raise UserError(
+            f"{what} ({error}). Start one (ray start --head), or leave -backend and -address out."
+        ) from error
     register_ray()
