@@ -189,45 +189,76 @@ def test_the_page_of_a_kind_of_images_runs(
         assert of_folder["slices"]["normalization"] == ["CTNormalization"]
 
 
-@pytest.mark.slow
-def test_the_pages_about_one_dataset_run(tmp_path: Path) -> None:
-    name = "Dataset004_Hippocampus"
-    place = Workplace(tmp_path, name, SHORT, iterations="2,1")
-    write_phantoms(tmp_path / "raw" / name, num_cases=6, shape=(16, 48, 40))
+HIPPOCAMPUS = "Dataset004_Hippocampus"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """Where the first block of the first page was run, by which the others begin."""
+    root = tmp_path_factory.mktemp("how to")
+    place = Workplace(root, HIPPOCAMPUS, SHORT, iterations="2,1")
+    write_phantoms(root / "raw" / HIPPOCAMPUS, num_cases=6, shape=(16, 48, 40))
     image, _ = phantom((16, 48, 40), seed=1)
-    write_image(tmp_path / "in" / "new_0000.nii.gz", image[0], (2.0, 1.0, 1.0))
-    means = stand_ins(place)
-    watch, zipped, out = (str(tmp_path / n) for n in ("watch", "model.zip", "out"))
-    means |= {"runs/my_pretraining/watch": watch, "hippocampus.zip": zipped, "IN": str(tmp_path / "in"), "OUT": out}
+    write_image(root / "in" / "new_0000.nii.gz", image[0], (2.0, 1.0, 1.0))
+    run(place, blocks("docs/how-to/epochs.md")[0], stand_ins(place))
+    return place
 
-    for block in blocks("docs/how-to/epochs.md"):
-        run(place, block, means)
-    (watching,) = commands(blocks("docs/how-to/stop.md")[0])
-    place.run(*with_own(watching, means), "--once")
+
+def chosen(folder: Path) -> dict[str, Any]:
+    choice: dict[str, Any] = json.loads((folder / "selection.json").read_text())["choice"]
+    return choice
+
+
+@pytest.mark.slow
+def test_selections_are_trained_side_by_side(trained: Workplace) -> None:
+    run(trained, blocks("docs/how-to/epochs.md")[1], stand_ins(trained))
+    for model in (trained.model(plans="nnUNetPlansBest"), trained.model("MTLTrainerScratch_1epoch")):
+        assert (model / "fold_0" / "checkpoint_final.pth").is_file()
+
+
+@pytest.mark.slow
+def test_a_pretraining_is_watched(trained: Workplace, tmp_path: Path) -> None:
+    (words,) = commands(blocks("docs/how-to/stop.md")[0])
+    means = {**stand_ins(trained), "runs/my_pretraining/watch": str(tmp_path / "watch")}
+    trained.run(*with_own(words, means), "--once")
     assert (tmp_path / "watch" / "history.jsonl").is_file()
+
+
+@pytest.mark.slow
+def test_workers_find_what_one_process_finds(trained: Workplace, tmp_path: Path) -> None:
+    alone = chosen(trained.root / "preprocessed" / HIPPOCAMPUS / "mtl_selection")
     for words in commands(blocks("docs/how-to/cluster.md")[0]):
-        place.run(*with_own(words, means), "-o", str(tmp_path / "by cluster"), "--no-cache", "--overwrite")
-    chosen = [json.loads((f / "selection.json").read_text())["choice"] for f in (tmp_path / "by cluster", tmp_path / "preprocessed" / name / "mtl_selection")]  # fmt: skip
-    assert chosen[0]["sha256"] == chosen[1]["sha256"]
-    assert chosen[0]["value"] == pytest.approx(chosen[1]["value"], rel=1e-5)
+        more = ("-o", str(tmp_path / "selection"), "--no-cache", "--overwrite", "-device", "cpu")
+        trained.run(*with_own(words, stand_ins(trained)), *more)
+        together = chosen(tmp_path / "selection")
+        assert together["sha256"] == alone["sha256"]
+        assert together["value"] == pytest.approx(alone["value"], rel=1e-5)
 
-    export, elsewhere_block, bundle = blocks("docs/how-to/share.md")
-    run(place, export, means)
-    elsewhere = Workplace(tmp_path / "elsewhere", name, SHORT)
+
+@pytest.mark.slow
+def test_a_model_is_shared(trained: Workplace, tmp_path: Path) -> None:
+    zipped, out, bundle = (str(tmp_path / name) for name in ("model.zip", "out", "bundle"))
+    own = {"hippocampus.zip": zipped, "hippocampus": bundle, "IN": str(trained.root / "in"), "OUT": out}
+    export, elsewhere_block, bundle_block = blocks("docs/how-to/share.md")
+    run(trained, export, {**stand_ins(trained), **own})
+    elsewhere = Workplace(tmp_path / "elsewhere", HIPPOCAMPUS, SHORT)
     del elsewhere.environment["nnUNet_extTrainer"]
-    run(elsewhere, elsewhere_block, means)
+    run(elsewhere, elsewhere_block, {**stand_ins(elsewhere), **own})
     assert [f.name for f in Path(out).glob("*.nii.gz")] == ["new.nii.gz"]
-    _, make, *predict = commands(bundle)
-    place.run(*[str(tmp_path / "bundle") if w == "hippocampus" else w.replace("MTLTrainer_", f"{SHORT}_") for w in with_own(make, means)])  # fmt: skip
-    assert (tmp_path / "bundle" / "configs" / "inference.yaml").is_file()
-    assert predict[-1][:4] == ["python", "-m", "monai.bundle", "run"]
-    (licence,) = blocks("docs/how-to/share.md", "python")
-    script = f"import os; os.chdir({str(place.model())!r})\n{licence}"
-    assert place.run(sys.executable, "-c", script).stdout.split() == ["test_resnet", "None", "None"]
 
-    selection = tmp_path / "preprocessed" / name / "mtl_selection"
-    volumes = [w for w in commands(blocks("docs/how-to/volumes.md")[0]) if w[0] != "mtl-select-checkpoint"]
-    assert selection.is_dir()
-    for words in volumes:
-        place.run(*with_own(words, {**means, "OUT": str(tmp_path / "out 3d")}), *MORE[words[0]])
-    assert [f.name for f in (tmp_path / "out 3d").glob("*.nii.gz")] == ["new.nii.gz"]
+    (make,) = (words for words in commands(bundle_block) if words[0] == "mtl-nnunet")
+    trained.run(*(w.replace("MTLTrainer_", f"{SHORT}_") for w in with_own(make, {**stand_ins(trained), **own})))
+    assert (Path(bundle) / "configs" / "inference.yaml").is_file()
+    (licence,) = blocks("docs/how-to/share.md", "python")
+    script = f"import os; os.chdir({str(trained.model())!r})\n{licence}"
+    assert trained.run(sys.executable, "-c", script).stdout.split() == ["test_resnet", "None", "None"]
+
+
+@pytest.mark.slow
+def test_volumes_are_trained_and_predicted(trained: Workplace, tmp_path: Path) -> None:
+    means = {**stand_ins(trained), "IN": str(trained.root / "in"), "OUT": str(tmp_path / "out")}
+    for words in commands(blocks("docs/how-to/volumes.md")[0]):
+        # the selection is there
+        if words[0] != "mtl-select-checkpoint":
+            trained.run(*with_own(words, means), *MORE[words[0]])
+    assert [f.name for f in (tmp_path / "out").glob("*.nii.gz")] == ["new.nii.gz"]
