@@ -503,11 +503,11 @@ def unlike(
     # a run whose first checkpoint is epoch 0 counts from there
     length = whole + (epochs[0] == 0)
     if not shortest <= length <= longest:
-        said.append(f"a pretraining of {length:g} epochs; fitted on {_between(shortest, longest)}.")
+        said.append(f"this pretraining has {length:g} epochs, those it was fitted on {_between(shortest, longest)}.")
     first = float(np.exp(log_time(epochs[:1], whole)[0]))
     if first < known.first_share * (1 - 1e-9):
         said.append(
-            f"the first checkpoint is {first:.1%} into the pretraining; fitted from {known.first_share:.1%} on."
+            f"the first checkpoint is {first:.1%} into the pretraining, and nothing was fitted before {known.first_share:.1%}."
         )
     if encoder is not None and encoder not in known.encoders:
         # measured by leaving encoders out: twice what was expected was lost where a price stopped early

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,12 +29,15 @@ HELD_OUT_Z = 74
 MIN_TISSUE = 0.15
 
 
-def run_demo(folder: Path, overwrite: bool = False) -> None:
+def run_demo(folder: Path, overwrite: bool = False) -> dict[str, Any]:
     """Run every command a user would type, one after the other, and say where everything lies.
 
     Args:
         folder: Where to write; made.
         overwrite: Replace an earlier demonstration.
+
+    Returns:
+        Dice of each class on the held-out blocks, seconds, and the files that are named at the end.
 
     Raises:
         UserError: The folder is in the way, nilearn is missing, or a command failed.
@@ -88,17 +92,20 @@ def run_demo(folder: Path, overwrite: bool = False) -> None:
     print(f"\n{ranking[ranking.index('test_resnet on') :].split('written:')[0].rstrip()}\n")
     print("Dice on the held-out blocks: " + ", ".join(f"{name} {value:.3f}" for name, value in dice.items()))
     selection = folder / "nnUNet_preprocessed" / DATASET / "mtl_selection"
-    print(f"\n{time.monotonic() - started:.0f} s in all. What was written:")
-    for what, path in (
-        ("picture (image, truth, prediction)", picture),
-        ("selection; look at its report.html", selection),
-        ("raw dataset", raw / DATASET),
-        ("plans and preprocessed data", selection.parent),
-        ("trained model", results / DATASET),
-        ("predictions", predictions),
-        ("output of every command", logs),
-    ):
+    seconds = time.monotonic() - started
+    print(f"\n{seconds:.0f} s in all. What was written:")
+    written = {
+        "picture": ("picture (image, truth, prediction)", picture),
+        "selection": ("selection; look at its report.html", selection),
+        "raw": ("raw dataset", raw / DATASET),
+        "preprocessed": ("plans and preprocessed data", selection.parent),
+        "model": ("trained model", results / DATASET),
+        "predictions": ("predictions", predictions),
+        "logs": ("output of every command", logs),
+    }
+    for what, path in written.values():
         print(f"  {what:<36} {path}")
+    return {"dice": dice, "seconds": round(seconds), "files": {name: str(path) for name, (_, path) in written.items()}}
 
 
 def write_blocks(folder: Path) -> tuple[int, int]:

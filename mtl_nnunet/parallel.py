@@ -10,6 +10,16 @@ from typing import Any
 from mtl_nnunet.errors import UserError
 
 BACKENDS = ("loky", "dask", "ray")
+# seconds
+WORKERS_WITHIN = 300
+# what the backends raise when a worker is gone; none of them need be installed
+LOST_WORKER = {
+    "concurrent.futures._base.BrokenExecutor",
+    "distributed.scheduler.KilledWorker",
+    "ray.exceptions.WorkerCrashedError",
+    "ray.exceptions.RayActorError",
+    "ray.exceptions.OutOfMemoryError",
+}
 
 
 @contextmanager
@@ -48,6 +58,9 @@ def in_parallel(jobs: Iterable[Any], ordered: bool = True, num_workers: int | No
         jobs: What to run.
         ordered: In the order of the jobs, or as they are done.
         num_workers: None for as many as are set.
+
+    Raises:
+        UserError: A worker died.
     """
     from joblib import Parallel
     from joblib.parallel import get_active_backend
@@ -55,7 +68,15 @@ def in_parallel(jobs: Iterable[Any], ordered: bool = True, num_workers: int | No
     kind = "generator" if ordered else "generator_unordered"
     # Ray's backend gives all results at the end
     return_as = kind if get_active_backend()[0].supports_return_generator else "list"
-    yield from Parallel(n_jobs=num_workers, return_as=return_as)(jobs)
+    try:
+        yield from Parallel(n_jobs=num_workers, return_as=return_as)(jobs)
+    except Exception as error:
+        if not LOST_WORKER & {f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__}:
+            raise
+        raise UserError(
+            f"a worker died while it computed ({type(error).__name__}), most often for want of memory. Pass a smaller -np or fewer -num_slices, or "
+            "use a machine with more memory; with the cache on, what was finished is not computed again."
+        ) from error
 
 
 @contextmanager
@@ -75,9 +96,24 @@ def _dask_client(num_processes: int, address: str | None) -> Iterator[None]:
             f"no Dask scheduler answers at {address} ({error}). Start one, or leave -address out."
         ) from error
     with client:
+        _wait_for_a_worker(client, address)
         yield
     if address is None and client.cluster is not None:
         client.cluster.close()
+
+
+def _wait_for_a_worker(client: Any, address: str | None) -> None:
+    """Jobs of a cluster start one after the other, and clusters that adapt start workers only for work that waits."""
+    from distributed import TimeoutError as NoAnswerError
+
+    if client.ncores():
+        return
+    try:
+        client.submit(os.getpid).result(timeout=WORKERS_WITHIN)
+    except NoAnswerError as error:
+        raise UserError(
+            f"the Dask scheduler at {address} had no worker for {WORKERS_WITHIN} s. Start some: dask worker {address}."
+        ) from error
 
 
 def _join_ray(num_processes: int, address: str | None) -> None:
@@ -88,6 +124,9 @@ def _join_ray(num_processes: int, address: str | None) -> None:
         raise UserError("-backend ray needs Ray. Install it: pip install 'mtl-nnunet[ray]'.") from error
     try:
         ray.init(address=address, num_cpus=None if address else num_processes, ignore_reinit_error=True)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise UserError(f"no Ray cluster answers at {address} ({error}). Start one, or leave -address out.") from error
+    except Exception as error:  # a start that times out is a bare Exception
+        what = "Ray could not be started here" if address is None else f"no Ray cluster answers at {address}"
+        raise UserError(
+            f"{what} ({error}). Start one (ray start --head), or leave -backend and -address out."
+        ) from error
     register_ray()

@@ -68,6 +68,11 @@ class MTLTrainer(nnUNetTrainer):
         self.selection: Selection | None = None
         self.resuming = False
         self._refuse_what_would_be_ignored()
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise UserError(
+                "nnU-Net trains on a CUDA GPU unless told otherwise, and PyTorch finds none here. Add -device cpu (slow: shorten the epochs with "
+                "MTL_ITERATIONS_PER_EPOCH) or -device mps, or see what mtl-nnunet doctor says of the GPU."
+            )
         in_plans = plans.get(RECORD_KEY, {}).get(RECIPE_KEY, {})
         recipe(in_plans, where=f"the recipe in the plans '{plans.get('plans_name')}'")
         # a fold that goes on does so with its own recipe, whatever the environment says now

@@ -28,6 +28,7 @@ from mtl_nnunet.chooser_fit import fit_model, fit_state, hold_out, seed_variance
 from mtl_nnunet.cli.main import main
 from mtl_nnunet.curves import Curve, read_curves
 from mtl_nnunet.errors import UserError
+from mtl_nnunet.files import sha256
 
 EPOCHS = np.array([1, 5, 20, 50, 100, 150, 200, 250, 300])
 TIME = log_time(EPOCHS.astype(float), 300.0)
@@ -332,6 +333,10 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert set(chooser.provenance["tables"]) == {"downstream.csv", "scores.csv"}
     assert [h["left_out"] for h in chooser.provenance["held_out"]] == ["dataset"] * 2 + ["encoder"] * 2
     assert output.stat().st_size < 200_000
+    assert main([*command, "-use", "seen", "--overwrite", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["sha256"] == sha256(output)
+    assert told["held_out"] == json.loads(output.read_text())["provenance"]["held_out"]
     for options, named in (
         (["-use", "seen"], "exists already"),
         (["--overwrite", "-use", "unheard"], "no score 'unheard'"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,11 @@ import pytest
 from conftest import DEMO_RUN
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from mtl_nnunet.cli.main import main, trainers_folder
+from mtl_nnunet.cli.command import answers_json
+from mtl_nnunet.cli.main import build_parser, main, trainers_folder
+from mtl_nnunet.cli.select_checkpoint import build_parser as select_parser
 from mtl_nnunet.cli.select_checkpoint import main as select
+from mtl_nnunet.cli.watch_pretraining import build_parser as watch_parser
 from mtl_nnunet.cli.watch_pretraining import main as watch
 from mtl_nnunet.errors import UserError
 from mtl_nnunet.plans import NETWORK, with_timm_unet
@@ -57,7 +62,10 @@ def test_trainers_are_joined_with_what_the_variable_names(
     assert capsys.readouterr().out.strip() == ours
     monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join(["/somebody/elses", ours, ""]))
     assert main(["trainers"]) == 0
-    assert capsys.readouterr().out.strip() == os.pathsep.join([ours, "/somebody/elses"])
+    both = os.pathsep.join([ours, "/somebody/elses"])
+    assert capsys.readouterr().out.strip() == both
+    assert main(["trainers", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"nnUNet_extTrainer": both, "folder": ours}
 
 
 def test_plans_change_the_network_and_nothing_about_the_data(tmp_path: Path) -> None:
@@ -155,8 +163,16 @@ def test_plans_command_writes_a_file_of_another_name(make_dataset, capsys: pytes
         "lr": "1e-4",
         "frozen_epochs": "all",
     }
-    assert main(["plans", "-d", "1", "-o", "flat", "-c", "2d", "3d_fullres"]) == 0
-    capsys.readouterr()
+    assert main(["plans", "-d", "1", "-o", "flat", "-c", "2d", "3d_fullres", "--json"]) == 0
+    printed = capsys.readouterr()
+    told = json.loads(printed.out)
+    assert told["configurations"] == {
+        "2d": {"patch_size": [64, 64], "batch_size": 12},
+        "3d_fullres": {"patch_size": [40, 64, 64], "batch_size": 2},
+    }
+    assert told["file"] == str(folder / "flat.json")
+    assert f"written: {folder / 'flat.json'}" in printed.err
+    assert told["next"][0] in printed.err
     kept = PlansManager(json.loads((folder / "flat.json").read_text()))
     stock_manager = PlansManager(json.loads(stock))
     for inheriting in ("2d_small", "3d_cascade_fullres"):
@@ -207,6 +223,37 @@ def test_a_lost_dash_is_no_name_of_a_folder(command: Any, typed: list[str], caps
 def test_words_that_are_called_like_options_are_words(typed: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert watch(typed) == 1
     assert "unknown option" not in capsys.readouterr().err
+
+
+def test_json_of_a_bundle_names_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "my bundle"
+    assert main(["bundle", str(folder), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["folder"] == str(folder)
+    assert (folder / "configs" / "select.yaml").is_file()
+    assert told["next"][0] == f"cd '{folder}'"
+
+
+def test_every_command_answers_in_json() -> None:
+    (commands,) = (a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    for parser in (select_parser(), watch_parser(), *commands.choices.values()):
+        assert "--json" in parser.format_help(), parser.prog
+
+
+def test_with_json_what_other_programs_print_goes_to_stderr(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def noisy(args: argparse.Namespace) -> dict[str, Any]:
+        print("printed")
+        subprocess.run(["echo", "from elsewhere"], check=True)
+        return {"args": args.json}
+
+    answers_json(noisy)(argparse.Namespace(json=True))
+    printed = capfd.readouterr()
+    assert json.loads(printed.out) == {"args": True}
+    assert sorted(printed.err.split("\n")) == ["", "from elsewhere", "printed"]
+    answers_json(noisy)(argparse.Namespace(json=False))
+    assert capfd.readouterr().out.split() == ["printed", "from", "elsewhere"]
 
 
 def test_folds_and_checkpoint_of_a_bundle_need_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -336,7 +336,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert len(pd.read_csv(tmp_path / "out" / "summary.csv")) == len(record["summary"])
     assert main(command) == 1
     assert "--overwrite" in capsys.readouterr().err
-    assert main([*command, "--overwrite"]) == 0
+    assert main([*command, "--overwrite", "--json"]) == 0
+    printed_json = capsys.readouterr()
+    assert json.loads(printed_json.out) == json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert "score chosen on other targets" in printed_json.err
 
 
 def test_the_least_that_can_be_evaluated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

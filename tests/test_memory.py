@@ -372,6 +372,11 @@ def test_command_writes_the_batch_size_and_says_what_decided_it(
     assert "PlainConvUNet of 'nnUNetPlans' would get batch" in out
     assert "assumed:" in out
     assert f"3d_fullres: batch {written['3d_fullres']['batch_size']} at patch" in out
+    assert main(["plans", "-d", "1", "-o", "sized", "-gpu_memory_target", "1.3", "--overwrite", "--json"]) == 0
+    printed = capsys.readouterr()
+    counted = {m["configuration"]: m for m in json.loads(printed.out)["memory"]}
+    assert {n: m["batch_size"] for n, m in counted.items()} == {n: written[n]["batch_size"] for n in counted}
+    assert f"{counted['2d']['bytes'] / 2**30:.2f} GB" in printed.err
     assert main(["plans", "-d", "1", "-o", "flat", "-c", "2d", "-gpu_memory_target", "1.1"]) == 0
     flat = json.loads((planned / "flat.json").read_text())["configurations"]
     assert flat["3d_fullres"] == stock_plans()["configurations"]["3d_fullres"]

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import re
-import shlex
 from pathlib import Path
 
 import pytest
 from conftest import DEMO_RUN, Workplace, phantom, write_image, write_phantoms
+from documentation import MORE, blocks, commands, with_own
 
-ROOT = Path(__file__).resolve().parents[1]
 SHORT = "MTLTrainer_1epoch"
 
 
-def commands(page: str) -> list[list[str]]:
-    """The lines of a page's first block that selects, without comments."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
-    block = next(b for b in blocks if "mtl-select-checkpoint -d" in b)
-    lines = [shlex.split(line, comments=True) for line in block.splitlines()]
-    return [line for line in lines if line and line[0] != "export"]
+def quickstart(page: str) -> list[list[str]]:
+    """The commands of a page's first block that selects."""
+    return commands(next(b for b in blocks(page) if "mtl-select-checkpoint -d" in b))
 
 
 def test_both_pages_say_the_same() -> None:
-    assert [c[0] for c in commands("README.md")] == [
+    assert [c[0] for c in quickstart("README.md")] == [
         "mtl-select-checkpoint", "nnUNetv2_plan_and_preprocess", "nnUNetv2_train", "nnUNetv2_predict",
     ]  # fmt: skip
-    assert commands("docs/index.md") == commands("README.md")
+    assert quickstart("docs/index.md") == quickstart("README.md")
 
 
 @pytest.mark.slow
@@ -41,13 +36,6 @@ def test_the_quickstart_runs_as_it_is_written(tmp_path: Path) -> None:
         "IN": str(tmp_path / "in"),
         "OUT": str(tmp_path / "out"),
     }
-    # what a machine with two cores and no GPU needs besides
-    more = {
-        "mtl-select-checkpoint": ("-device", "cpu"),
-        "nnUNetv2_plan_and_preprocess": ("-np", "1", "-npfp", "1"),
-        "nnUNetv2_train": ("-device", "cpu"),
-        "nnUNetv2_predict": ("-device", "cpu", "-npp", "1", "-nps", "1"),
-    }
-    for command in commands("README.md"):
-        place.run(*(means.get(word, word) for word in command), *more[command[0]])
+    for command in quickstart("README.md"):
+        place.run(*with_own(command, means), *MORE[command[0]])
     assert [f.name for f in (tmp_path / "out").glob("*.nii.gz")] == ["new.nii.gz"]

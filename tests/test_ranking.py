@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from conftest import DEMO_RUN
+from joblib import delayed
 from torch import nn
 
 import mtl_nnunet
+from mtl_nnunet import parallel
 from mtl_nnunet import ranking as ranking_module
 from mtl_nnunet.bootstrap import bootstrap_draws
 from mtl_nnunet.cache import ResultCache, Scored
@@ -305,9 +312,45 @@ def test_a_cluster_that_does_not_answer_or_is_not_installed_is_named(monkeypatch
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r"mtl-nnunet\[ray\]"), workers(2, "ray"):
         pass
+    # Ray itself is no test dependency: what it raised on a busy machine
+    late = SimpleNamespace(init=Mock(side_effect=Exception("The current node timed out during startup")))
+    for name, module in {"ray": late, "ray.util": Mock(), "ray.util.joblib": Mock()}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    with pytest.raises(UserError, match=r"Ray could not be started here .*timed out"), workers(2, "ray"):
+        pass
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(UserError, match=r"mtl-nnunet\[dask\]"), workers(2, "dask"):
         pass
+
+
+def test_a_cluster_without_workers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    distributed = pytest.importorskip("distributed", reason="Dask is an optional dependency")
+    monkeypatch.setattr(parallel, "WORKERS_WITHIN", 0.5)
+    with (
+        distributed.LocalCluster(n_workers=0, processes=False, dashboard_address=None) as cluster,
+        pytest.raises(UserError, match=f"{cluster.scheduler_address} had no worker"),
+        workers(1, "dask", cluster.scheduler_address),
+    ):
+        pass
+
+
+def test_a_worker_that_dies_is_said_in_one_line() -> None:
+    with pytest.raises(UserError, match="a worker died"), workers(2):
+        list(parallel.in_parallel([delayed(os._exit)(1) for _ in range(2)]))
+    installed = [name for name in parallel.LOST_WORKER if importlib.util.find_spec(name.partition(".")[0])]
+    for name in installed:
+        module, _, kind = name.rpartition(".")
+        assert issubclass(getattr(importlib.import_module(module), kind), Exception)
+
+
+def test_a_worker_that_comes_later_is_waited_for() -> None:
+    distributed = pytest.importorskip("distributed", reason="Dask is an optional dependency")
+    with distributed.LocalCluster(n_workers=0, processes=False, dashboard_address=None) as cluster:
+        late = threading.Timer(0.5, cluster.scale, (1,))
+        late.start()
+        with workers(1, "dask", cluster.scheduler_address):
+            assert list(parallel.in_parallel([delayed(abs)(-3)])) == [3]
+        late.join()
 
 
 @pytest.mark.parametrize("name", ["contrastive", "robustness", "hscore", "probe"])

@@ -95,7 +95,7 @@ def test_a_score_unlike_all_fitted_ones_is_left_out_with_a_warning(chooser_file:
     assert any("unlike the fitted curves that scores are left out" in w for w in gain.warnings)
     assert gain.value == expected_gain(chooser, EPOCHS, 300).value
     said = " ".join(expected_gain(CHOOSER, EPOCHS[:2], 40 * 300, encoder="my_net").warnings)
-    assert "fitted on 16 to 300" in said
+    assert "those it was fitted on 16 to 300" in said
     assert "'my_net' was not among the fitted ones" in said
 
 

@@ -127,6 +127,13 @@ def test_nnunet_finds_every_class_that_the_folder_of_trainers_exports(
         assert recursive_find_trainer_class_by_name(name) is getattr(trainers, name)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_message_says_what_to_type(folders: Path) -> None:
+    plans = json.loads((folders / "preprocessed" / NAME / "nnUNetPlans.json").read_text())
+    with pytest.raises(UserError, match="Add -device cpu"):
+        MTLTrainer(plans, "2d", 0, {}, torch.device("cuda"))
+
+
 def test_constructor_has_the_signature_that_nnunet_records() -> None:
     for cls in (MTLTrainer, VARIANTS["MTLTrainer_5epochs"], VARIANTS["MTLTrainerScratch_1epoch"]):
         ours = inspect.signature(cls.__init__).parameters

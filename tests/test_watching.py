@@ -456,8 +456,12 @@ def test_the_command_watches_and_says_what_is_next(
     ):
         assert command(tmp_path, phantoms, run, "-epochs", "40", *option) == 1
         assert said in capsys.readouterr().err.splitlines()[-1]
-    assert command(tmp_path, phantoms, run, "-epochs", "40") == 0
+    assert command(tmp_path, phantoms, run, "-epochs", "40", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
     assert len((tmp_path / "out" / HISTORY_FILE).read_text().splitlines()) == 2
+    assert told["ended"] == "looked"
+    assert Path(told["file"]).name == told["best"]["name"]
+    assert told["next"][0].startswith(f"mtl-select-checkpoint -i {phantoms / 'imagesTr'} -ckpt {told['file']}")
 
 
 @pytest.mark.parametrize(

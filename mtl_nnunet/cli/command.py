@@ -11,11 +11,12 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from typing import Any
 
 from mtl_nnunet.errors import AssumedWarning, LeftOutWarning, UserError
+from mtl_nnunet.files import to_json
 
 
 def run(
@@ -46,6 +47,39 @@ def run(
         sys.stderr.close()
         return 1
     return 0
+
+
+def answers_json(command: Callable[[argparse.Namespace], dict[str, Any]]) -> Callable[[argparse.Namespace], None]:
+    """With ``--json``, what a command returns goes to stdout, and what it prints on its way to stderr."""
+
+    def answer(args: argparse.Namespace) -> None:
+        if not args.json:
+            command(args)
+            return
+        with redirect_stdout(sys.stderr), _descriptor_of_stderr():
+            content = command(args)
+        print(to_json(content), end="")
+
+    return answer
+
+
+@contextmanager
+def _descriptor_of_stderr() -> Iterator[None]:
+    """What other programs and libraries print by the descriptor of stdout goes to stderr too."""
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
+
+
+def add_json(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add ``--json``, which ``answers_json`` reads."""
+    parser.add_argument(
+        "--json", action="store_true", help=f"print {what} as JSON on stdout, everything else on stderr"
+    )
 
 
 def _refuse_lost_dash(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mtl_nnunet.cli.command import add_json, answers_json
 from mtl_nnunet.errors import UserError, listed
 
 DROPPABLE = ("dataset", "encoder", "scheme", "run", "state")
@@ -35,7 +36,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("-draws", type=int, default=2000, metavar="N", help="bootstrap draws (default: 2000)")
     parser.add_argument("-seed", type=int, default=0, metavar="N", help="seed of the bootstrap (default: 0)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier evaluation")
-    parser.set_defaults(command=evaluate_scores)
+    add_json(parser, "evaluation.json")
+    parser.set_defaults(command=answers_json(evaluate_scores))
 
 
 def add_drop_option(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +51,7 @@ def add_drop_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def evaluate_scores(args: argparse.Namespace) -> None:
+def evaluate_scores(args: argparse.Namespace) -> dict[str, Any]:
     """Evaluate, print the tables, write the files."""
     from mtl_nnunet.curves import read_curves
     from mtl_nnunet.evaluation import evaluate
@@ -70,13 +72,15 @@ def evaluate_scores(args: argparse.Namespace) -> None:
         raise UserError(f"no score '{unknown[0]}' in {args.scores or 'the tables'}. There: {listed(known) or 'none'}.")
     always = list(dict.fromkeys([*args.score, *([PUBLISHED_DEFAULT] if PUBLISHED_DEFAULT in known else [])]))
     evaluation = evaluate(curves, args.draws, args.seed)
+    record = _record(args, evaluation, [c.label for c in curves])
     with folder_written_atomically(args.o, args.overwrite) as folder:
         for name, table in (("evaluation.csv", evaluation.curves), ("summary.csv", evaluation.summary)):
             write_text(folder / name, table.to_csv(index=False, lineterminator="\n"))
-        write_text(folder / "evaluation.json", to_json(_record(args, evaluation, [c.label for c in curves])))
+        write_text(folder / "evaluation.json", to_json(record))
         write_figure(evaluation, curves, folder / "evaluation.png", always)
     print(evaluation_text(evaluation, always))
     print(f"written: {args.o} (evaluation.csv, summary.csv, evaluation.json, evaluation.png)")
+    return record
 
 
 def dropped(curves: list[Any], drops: list[str]) -> list[Any]:

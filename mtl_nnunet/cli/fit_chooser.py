@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mtl_nnunet.cli.command import add_json, answers_json
 from mtl_nnunet.cli.evaluate_scores import add_drop_option, dropped
 from mtl_nnunet.errors import UserError, listed
 
@@ -32,10 +33,11 @@ def add_parser(commands: Any) -> None:
     add_drop_option(parser)
     parser.add_argument("-o", required=True, metavar="JSON", help="where to write the chooser")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier one")
-    parser.set_defaults(command=fit_chooser)
+    add_json(parser, "what was fitted and how well it chooses")
+    parser.set_defaults(command=answers_json(fit_chooser))
 
 
-def fit_chooser(args: argparse.Namespace) -> None:
+def fit_chooser(args: argparse.Namespace) -> dict[str, Any]:
     """Fit, judge on what is left out, print and write."""
     import datetime
     import importlib.metadata
@@ -101,6 +103,7 @@ def fit_chooser(args: argparse.Namespace) -> None:
     write_chooser(Chooser(states, provenance), args.o)
     print(verdict_text(judged))
     print(f"written: {args.o} ({len(curves)} curves)")
+    return {"file": args.o, "sha256": sha256(args.o), **provenance}
 
 
 def verdict_text(judged: list[Any]) -> str:

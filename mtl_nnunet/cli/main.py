@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mtl_nnunet.cli import doctor, evaluate_scores, fit_chooser, list_checkpoints
-from mtl_nnunet.cli.command import run
+from mtl_nnunet.cli.command import add_json, answers_json, run
 from mtl_nnunet.errors import UserError
 
 
@@ -29,7 +30,8 @@ def build_parser() -> argparse.ArgumentParser:
         description="Print the folder of our trainers, joined with what nnUNet_extTrainer names already: "
         'export nnUNet_extTrainer="$(mtl-nnunet trainers)"',
     )
-    trainers.set_defaults(command=print_trainers)
+    add_json(trainers, "the value and our folder")
+    trainers.set_defaults(command=answers_json(print_trainers))
 
     plans = commands.add_parser(
         "plans",
@@ -57,7 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="hyper-parameters for trainings from these plans, e.g. optimizer=sgd,lr=1e-3; MTL_RECIPE goes before them",
     )
     plans.add_argument("--overwrite", action="store_true", help="replace plans of that name")
-    plans.set_defaults(command=make_plans)
+    add_json(plans, "what was written and sized")
+    plans.set_defaults(command=answers_json(make_plans))
 
     bundle = commands.add_parser(
         "bundle",
@@ -76,7 +79,8 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="replace the shipped files of a bundle, while what was trained in it stays; with -model, replace the whole bundle of a model",
     )
-    bundle.set_defaults(command=copy_bundle)
+    add_json(bundle, "the folder and what is next")
+    bundle.set_defaults(command=answers_json(copy_bundle))
 
     demo = commands.add_parser(
         "demo",
@@ -86,7 +90,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("-o", default="mtl_demo", metavar="FOLDER", help="where to write (default: mtl_demo)")
     demo.add_argument("--overwrite", action="store_true", help="replace an earlier demo")
-    demo.set_defaults(command=run_demo)
+    add_json(demo, "Dice, seconds and files")
+    demo.set_defaults(command=answers_json(run_demo))
 
     doctor.add_parser(commands)
     list_checkpoints.add_parser(commands)
@@ -100,11 +105,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(build_parser(), argv, lambda args: args.command(args))
 
 
-def print_trainers(args: argparse.Namespace) -> None:
+def print_trainers(args: argparse.Namespace) -> dict[str, Any]:
     """Print our folder of trainers in front of those that ``nnUNet_extTrainer`` names already."""
     ours = str(trainers_folder())
     others = [p for p in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep) if p.strip() and p != ours]
-    print(os.pathsep.join([ours, *others]))
+    value = os.pathsep.join([ours, *others])
+    print(value)
+    return {"nnUNet_extTrainer": value, "folder": ours}
 
 
 def trainers_folder() -> Path:
@@ -120,36 +127,64 @@ def trainers_folder() -> Path:
     raise UserError(f"the folder of trainers is missing from {package}. Install mtl-nnunet again.")
 
 
-def make_plans(args: argparse.Namespace) -> None:
+def make_plans(args: argparse.Namespace) -> dict[str, Any]:
     """Write plans of another name that start from a selection."""
     from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
-    from mtl_nnunet.plans import write_plans
+    from mtl_nnunet.plans import resolved_configuration, write_plans
     from mtl_nnunet.recipe import read_recipe
 
     try:
         name = maybe_convert_to_dataset_name(args.d)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"no dataset {args.d}: {error}") from error
-    sizes = None if args.gpu_memory_target is None else partial(sized_batches, args.p, args.gpu_memory_target)
+    memory: list[dict[str, Any]] = []
+    sizes = None if args.gpu_memory_target is None else partial(sized_batches, args.p, args.gpu_memory_target, memory)
     recipe = None if args.recipe is None else read_recipe(args.recipe, "-recipe")
     file, configurations = write_plans(name, args.p, args.o, args.selection, args.overwrite, recipe, sizes, args.c)
     print(f"written: {file} ({', '.join(configurations)})")
-    print(f"next:\n  nnUNetv2_train {int(name[7:10])} {configurations[0]} 0 -tr MTLTrainer -p {args.o}")
+    train = f"nnUNetv2_train {int(name[7:10])} {configurations[0]} 0 -tr MTLTrainer -p {args.o}"
+    print(f"next:\n  {train}")
+    plans = json.loads(file.read_text(encoding="utf-8"))
+    resolved = {c: resolved_configuration(plans, c) for c in configurations}
+    return {
+        "file": str(file),
+        "configurations": {
+            c: {"patch_size": list(r.patch_size), "batch_size": r.batch_size} for c, r in resolved.items()
+        },
+        "memory": memory,
+        "next": [train],
+    }
 
 
 def sized_batches(
-    source_name: str, target_gb: float, source: dict[str, Any], plans: dict[str, Any], configurations: list[str]
+    source_name: str,
+    target_gb: float,
+    told: list[dict[str, Any]],
+    source: dict[str, Any],
+    plans: dict[str, Any],
+    configurations: list[str],
 ) -> dict[str, int]:
-    """Batch sizes for a memory target, with a report of what decided them on stdout."""
+    """Batch sizes for a memory target; what decided them is printed, and appended to ``told`` for machines."""
     from mtl_nnunet.memory import report, size_batches
 
     sized = size_batches(source, plans, configurations, target_gb)
     print(report(sized, source_name, target_gb))
+    told += [
+        {
+            "configuration": ours.configuration,
+            "batch_size": ours.size,
+            "fits": ours.fits,
+            "covers": ours.covers,
+            "planned": ours.planned,
+            "bytes": ours.memory.total,
+        }
+        for ours, _ in sized
+    ]
     return {ours.configuration: ours.size for ours, _ in sized}
 
 
-def copy_bundle(args: argparse.Namespace) -> None:
+def copy_bundle(args: argparse.Namespace) -> dict[str, Any]:
     """Copy the MONAI bundle out, or make one of a trained model."""
     if args.model is not None:
         from mtl_nnunet.bridge import bundle_of_model
@@ -165,13 +200,14 @@ def copy_bundle(args: argparse.Namespace) -> None:
         folder = write_bundle(args.name, args.overwrite)
         configs = ("select.yaml --dataset_dir DATASET --checkpoints RUN", "train.yaml --dataset_dir DATASET")
     print(f"written: {shlex.quote(str(folder))}")
-    print(f"next (pip install 'mtl-nnunet[monai]'):\n  cd {shlex.quote(str(folder))}")
-    for config in configs:
-        print(f"  python -m monai.bundle run --config_file configs/{config}")
+    commands = [f"cd {shlex.quote(str(folder))}"]
+    commands += [f"python -m monai.bundle run --config_file configs/{config}" for config in configs]
+    print("next (pip install 'mtl-nnunet[monai]'):", *commands, sep="\n  ")
+    return {"folder": str(folder), "next": commands}
 
 
-def run_demo(args: argparse.Namespace) -> None:
+def run_demo(args: argparse.Namespace) -> dict[str, Any]:
     """Run the demonstration."""
     from mtl_nnunet.demo import run_demo as run
 
-    run(Path(args.o), args.overwrite)
+    return run(Path(args.o), args.overwrite)

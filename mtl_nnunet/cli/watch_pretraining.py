@@ -8,9 +8,11 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from mtl_nnunet.cli.command import run
+from mtl_nnunet.cli.command import add_json, answers_json, run
 from mtl_nnunet.cli.options import (
     above_zero,
     add_cache,
@@ -102,16 +104,17 @@ def build_parser() -> argparse.ArgumentParser:
     add_precision(parser)
     add_cache(parser)
     add_skip_bad_cases(parser)
+    add_json(parser, "how the watch ended")
     parser.add_argument("--verbose", action="store_true", help="show the traceback of an error")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    return run(build_parser(), argv, watch_pretraining)
+    return run(build_parser(), argv, answers_json(watch_pretraining))
 
 
-def watch_pretraining(args: argparse.Namespace) -> None:
+def watch_pretraining(args: argparse.Namespace) -> dict[str, Any]:
     """Gather slices once, watch, and print what is done next."""
     command = command_of(args.on_stop)
 
@@ -191,22 +194,31 @@ def watch_pretraining(args: argparse.Namespace) -> None:
             file=sys.stderr,
         )
         raise SystemExit(130) from None
+    told = {
+        "ended": ending.why,
+        "folder": args.o,
+        "best": None if ending.best is None else asdict(ending.best),
+        "file": None if ending.file is None else str(ending.file),
+        "next": [],
+    }
     if ending.best is None:
         say("no checkpoint was scored.")
-        return
+        return told
     say(f"written: {args.o} ({HISTORY_FILE}, {CURVE_FILE})")
     if ending.file is None:
         say(
             f"to start from: {ending.best.name}, which the run has deleted since; --keep-all keeps a copy of every checkpoint."
         )
-        return
+        return told
     words = [*dataset_words(args), "-ckpt", str(ending.file), *weights_words(args), "-score", *score_words(args)]
     if args.encoder is None and monitor.encoder is not None:
         words += ["-encoder", monitor.encoder]
     words += [*label_and_view_words(args), *sampling_words(args), "-device", device]
     if args.i:
         words += ["-o", "SELECTION_FOLDER"]
-    say(f"to start from: {ending.best.name}\nnext:\n  mtl-select-checkpoint {shlex.join(map(str, words))}")
+    select = f"mtl-select-checkpoint {shlex.join(map(str, words))}"
+    say(f"to start from: {ending.best.name}\nnext:\n  {select}")
+    return {**told, "next": [select]}
 
 
 def say(text: str) -> None:
