@@ -92,6 +92,7 @@ def run_demo(folder: Path, overwrite: bool = False) -> None:
     for what, path in (
         ("picture (image, truth, prediction)", picture),
         ("selection; look at its report.html", selection),
+        ("how it trained, to look at", selection / f"training_{TRAINER}__nnUNetPlans__2d_fold_0.html"),
         ("raw dataset", raw / DATASET),
         ("plans and preprocessed data", selection.parent),
         ("trained model", results / DATASET),
