@@ -18,7 +18,15 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import DEMO_RUN, Workplace, phantom, write_image, write_phantoms
+from conftest import (
+    DEMO_RUN,
+    Workplace,
+    nnunet_folders_below,
+    phantom,
+    plan_with_nnunet,
+    write_image,
+    write_phantoms,
+)
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics, save_summary_json
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.training.logging.nnunet_logger import LocalLogger, MetaLogger
@@ -59,7 +67,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     write_phantoms(place.root / "raw" / NAME, num_cases=6, shape=(4, 40, 36))
     checkpoint = str(DEMO_RUN / "checkpoint-39.pth.tar")
     place.run("mtl-select-checkpoint", "-d", "11", "-ckpt", checkpoint, "-num_slices", "6", "-device", "cpu")
-    place.run("nnUNetv2_plan_and_preprocess", "-d", "11", "-c", "2d", "-np", "1", "-npfp", "1")
+    with nnunet_folders_below(place.root):
+        plan_with_nnunet(11, preprocessed="2d")
     file = place.root / "preprocessed" / NAME / "nnUNetPlans.json"
     plans = json.loads(file.read_text())
     # nnU-Net plans hundreds of such small slices a batch
