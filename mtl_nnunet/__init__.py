@@ -17,6 +17,7 @@ _MODULES = {
     "gather_slices": "slices",
     "parse_score": "scores",
     "rank_checkpoints": "ranking",
+    "report_training": "training_report",
     "score_encoder": "ranking",
     "select_checkpoint": "select",
     "workers": "parallel",

@@ -97,6 +97,10 @@ def run_demo(folder: Path, overwrite: bool = False) -> dict[str, Any]:
     written = {
         "picture": ("picture (image, truth, prediction)", picture),
         "selection": ("selection; look at its report.html", selection),
+        "training": (
+            "how it trained, to look at",
+            selection / f"training_{TRAINER}__nnUNetPlans__2d_fold_0.html",
+        ),
         "raw": ("raw dataset", raw / DATASET),
         "preprocessed": ("plans and preprocessed data", selection.parent),
         "model": ("trained model", results / DATASET),

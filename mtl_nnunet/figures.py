@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from mtl_nnunet.trainings import Curves
+
 FIGURES = ("ranking", "expected_loss", "levels", "slices")
 INK, MUTED, FAINT, PAPER = "#222222", "#666666", "#dddddd", "#ffffff"
 BLUE, RED, GREEN = "#1f5a99", "#c8472b", "#2e7d4f"
@@ -36,6 +38,10 @@ PAGE_COLOURS = {
 }
 WIDTH = 5.6
 LONGEST_NAME = 28
+# curves of more epochs are drawn as means of a part of them
+MOST_EPOCHS = 100
+# learning rates of this ratio do not go on one linear axis
+FAR_APART = 3
 # of a twentieth larger files, in a third of the time
 FAST = {"compress_level": 3}
 SVG = "http://www.w3.org/2000/svg"
@@ -135,51 +141,177 @@ def draw_levels(ranking: Ranking) -> Figure | None:
     return figure
 
 
-def draw_slices(samples: Sequence[tuple[str, Sequence[Tile]]]) -> Figure:
+def draw_curves(named: Sequence[tuple[str, Curves]], title: str) -> Figure:
+    """What nnU-Net logs of each epoch: losses, pseudo Dice and learning rate, a colour a training.
+
+    Args:
+        named: At most six, each with what to call it; the first one is drawn on top.
+        title: Of the figure.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator, NullLocator
+
+    with _style():
+        figure = Figure(figsize=(WIDTH, 6.4 + 0.25 * len(named)), layout="constrained", facecolor=PAPER)
+        FigureCanvasAgg(figure)
+        losses, dice, rate = figure.subplots(3, 1, sharex=True, height_ratios=[3, 3, 1.3])
+        dashed: dict[str, Any] = {"linestyle": (0, (3, 1.5))}
+        smoothing = smoothing_of([curves.num_epochs for _, curves in named])
+        for i, (_, curves) in reversed(list(enumerate(named))):
+            epochs = np.arange(curves.num_epochs)
+            # a single epoch makes no line
+            look: dict[str, Any] = {"color": LEVELS[i], "marker": MARKERS[i] if len(epochs) == 1 else None}
+            for values, how in ((curves.train_loss, {}), (curves.val_loss, dashed)):
+                if smoothing > 1:
+                    losses.plot(epochs, values, linewidth=0.6, alpha=0.25, zorder=1.5, **look)
+                losses.plot(epochs, _smoothed(values, smoothing), linewidth=1.6, **look, **how)
+            dice.plot(epochs, curves.pseudo_dice, linewidth=0.8, alpha=0.4, zorder=1.5, **look)
+            dice.plot(epochs, curves.ema, linewidth=2.2, **look)
+            rate.plot(epochs, curves.learning_rate, linewidth=1.6, **look)
+        averaged, single = {"linewidth": 2.2}, {"linewidth": 0.8, "alpha": 0.5}
+        for axes, label, place, kinds in (
+            (losses, "loss", "upper right", {"training": {}, "validation": dashed}),
+            (dice, "pseudo Dice", "lower right", {"moving average": averaged, "epoch": single}),
+            (rate, "learning\nrate", None, {}),
+        ):
+            axes.grid(axis="y", linewidth=0.6)
+            axes.set_axisbelow(True)
+            axes.set_ylabel(label)
+            if place:
+                handles = [
+                    Line2D([], [], color=MUTED, label=kind, **{"linewidth": 1.6, **how}) for kind, how in kinds.items()
+                ]
+                axes.legend(handles=handles, loc=place, frameon=False, fontsize=9, ncols=2)
+        peaks = [float(np.nanmax(c.learning_rate)) for _, c in named if np.isfinite(c.learning_rate).any()]
+        if peaks and max(peaks) > FAR_APART * min(peaks) > 0:
+            rate.set_yscale("log")
+            # the end of nnU-Net's decay would take most of the axis
+            rate.set_ylim(bottom=max(min(peaks) / 100, rate.get_ylim()[0]))
+            # without exponents, which would be formulas
+            rate.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
+            rate.yaxis.set_minor_locator(NullLocator())
+        else:
+            rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+        rate.set_xlabel("epoch")
+        rate.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+        figure.suptitle(_short(title, 56), fontsize=11)
+        handles = [
+            Line2D([], [], color=LEVELS[i], linewidth=2.2, label=_short(name, 60)) for i, (name, _) in enumerate(named)
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=1, frameon=False, fontsize=10)
+        _lay_out(figure)
+    return figure
+
+
+def smoothing_of(numbers_of_epochs: Sequence[int]) -> int:
+    """Of how many epochs a loss is drawn as the mean: one of short trainings, a fiftieth of long ones.
+
+    Examples:
+        >>> smoothing_of([20]), smoothing_of([1000, 100])
+        (1, 21)
+    """
+    longest = max(numbers_of_epochs, default=0)
+    # odd, so that the mean stands in its middle
+    return 1 if longest <= MOST_EPOCHS else longest // 50 // 2 * 2 + 1
+
+
+def _smoothed(values: np.ndarray, width: int) -> np.ndarray:
+    """Mean of each value and its neighbours, of fewer at the ends; a value that is not there counts nowhere."""
+    known = np.isfinite(values)
+    weights = np.ones(width)
+    middle = slice(width // 2, width // 2 + len(values))
+    number = np.convolve(known, weights)[middle]
+    total = np.convolve(np.where(known, values, 0), weights)[middle]
+    return np.where(number > 0, total / np.maximum(number, 1), np.nan)
+
+
+def draw_slices(samples: Sequence[tuple[str, Sequence[Tile]]], legend: Sequence[tuple[str, str]] = ()) -> Figure:
     """Slices and their views, one row a slice.
 
     Args:
-        samples: Name of each slice, and its pictures.
+        samples: Name of each slice, and its pictures; sizes may differ.
+        legend: Names of colours, below the pictures.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
     columns = max(len(tiles) for _, tiles in samples)
-    height, width = samples[0][1][0].pixels.shape[:2]
+    width = max(tile.pixels.shape[1] for _, tiles in samples for tile in tiles)
     # one image and one set of axes: sixteen of them take a second
     name_rows, gap = max(1, round(0.13 * width)), max(1, round(0.03 * width))
-    rise, step = height + name_rows, width + gap
-    mosaic = np.full((len(samples) * rise + name_rows, columns * step - gap, 3), 255, dtype=np.uint8)
-    inches = WIDTH / mosaic.shape[1]
+    step = width + gap
+    whole = columns * step - gap
+    tops, bottom = [], 0
+    for row, (name, tiles) in enumerate(samples):
+        # captions stand above the first row, and above each whose pictures are other ones
+        bottom += name_rows * _has_captions(samples, row)
+        tops.append(bottom)
+        bottom += max(tile.pixels.shape[0] for tile in tiles) + (name_rows if name else gap)
+    letter = 0.6 * name_rows
+    colours = _in_lines(legend, letter, whole)
+    mosaic = np.full((bottom + len(colours) * name_rows, whole, 3), 255, dtype=np.uint8)
+    inches = WIDTH / whole
+    size = letter * inches * 72
     with _style():
         figure = Figure(figsize=(WIDTH, inches * mosaic.shape[0]), facecolor=PAPER)
         axes = figure.add_axes((0, 0, 1, 1))
         axes.set_axis_off()
-        size = 0.6 * name_rows * inches * 72
         for row, (name, tiles) in enumerate(samples):
-            top = name_rows + row * rise
-            axes.text(0, top + height + 0.1 * name_rows, _short(name, 60), fontsize=size, va="top")
+            top = tops[row]
+            lowest = top + max(tile.pixels.shape[0] for tile in tiles)
+            axes.text(0, lowest + 0.1 * name_rows, _short(name, 60), fontsize=size, va="top")
             for column, tile in enumerate(tiles):
                 left = column * step
+                high, wide = tile.pixels.shape[:2]
                 shown = tile.pixels if tile.pixels.ndim == 3 else tile.pixels[..., None]
-                mosaic[top : top + height, left : left + width] = shown
-                if row == 0:
-                    axes.text(left, 0.8 * name_rows, tile.caption, fontsize=size)
+                mosaic[top : top + high, left : left + wide] = shown
+                if _has_captions(samples, row):
+                    axes.text(left, top - 0.2 * name_rows, tile.caption, fontsize=size)
                 if tile.frame is not None:
                     y, x, h, w = tile.frame
                     outline = {"fill": False, "edgecolor": "#ffd24a", "linestyle": ":", "linewidth": 0.8}
-                    axes.add_patch(Rectangle((left + x * width, top + y * height), w * width, h * height, **outline))  # type: ignore[arg-type]
+                    axes.add_patch(Rectangle((left + x * wide, top + y * high), w * wide, h * high, **outline))  # type: ignore[arg-type]
                 places = ((0.5, 0.02), (0.5, 0.98), (0.02, 0.5), (0.98, 0.5))
                 anchors = (("center", "top"), ("center", "bottom"), ("left", "center"), ("right", "center"))
                 # of a picture whose sides are not known there are none
                 sides = zip(tile.edges, places, anchors, strict=True) if tile.edges else ()
-                for letter, (x, y), (along, across) in sides:
+                for side, (x, y), (along, across) in sides:
                     box = {"boxstyle": "square,pad=0.1", "facecolor": "black", "edgecolor": "none", "alpha": 0.6}
-                    at = (left + x * width, top + y * height)
-                    axes.text(*at, letter, fontsize=size, color="#ffd24a", ha=along, va=across, bbox=box)
+                    at = (left + x * wide, top + y * high)
+                    axes.text(*at, side, fontsize=size, color="#ffd24a", ha=along, va=across, bbox=box)
+        for line, entries in enumerate(colours):
+            middle = bottom + (line + 0.5) * name_rows
+            for x, text, colour in entries:
+                axes.add_patch(
+                    Rectangle(
+                        (x, middle - 0.5 * letter), letter, letter, facecolor=colour, edgecolor=MUTED, linewidth=0.4
+                    )
+                )
+                axes.text(x + 1.5 * letter, middle, text, fontsize=size, va="center")
         extent = (0, mosaic.shape[1], mosaic.shape[0], 0)
         axes.imshow(mosaic, interpolation="none", aspect="auto", extent=extent)
     return figure
+
+
+def _has_captions(samples: Sequence[tuple[str, Sequence[Tile]]], row: int) -> bool:
+    return row == 0 or [t.caption for t in samples[row][1]] != [t.caption for t in samples[row - 1][1]]
+
+
+def _in_lines(legend: Sequence[tuple[str, str]], letter: float, width: float) -> list[list[tuple[float, str, str]]]:
+    """Entries of a legend in lines: where each begins, its text and its colour."""
+    lines: list[list[tuple[float, str, str]]] = []
+    x = width
+    for name, colour in legend:
+        text = _short(name)
+        needs = (0.62 * len(text) + 3) * letter
+        if x + needs > width:
+            lines.append([])
+            x = 0
+        lines[-1].append((x, text, colour))
+        x += needs
+    return lines
 
 
 def write_figure(figure: Figure, folder: Path, name: str) -> str:
@@ -348,7 +480,11 @@ def _finish(figure: Figure, axes: Axes, lowest: Axes, unit: str) -> None:
         lowest.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=10)
-    # laid out once, for every format
+    _lay_out(figure)
+
+
+def _lay_out(figure: Figure) -> None:
+    """Once, for every format."""
     engine = figure.get_layout_engine()
     assert engine is not None
     engine.execute(figure)

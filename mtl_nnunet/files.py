@@ -106,6 +106,42 @@ def folder_written_atomically(folder: str | os.PathLike[str], overwrite: bool = 
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def files_written_together(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary folder whose files are moved into ``folder`` once all of them are written; files of their names are replaced.
+
+    Raises:
+        UserError: They could not be written; nothing of them is left behind.
+    """
+    folder = Path(folder).resolve()
+    temporary: Path | None = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = _folder_beside(folder)
+        yield temporary
+        files = sorted(temporary.iterdir())
+        for file in files:
+            with open(file, "rb") as opened:
+                os.fsync(opened.fileno())
+        for file in files:
+            os.replace(file, folder / file.name)
+    except OSError as error:
+        raise UserError(_could_not_write(folder, error)) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _folder_beside(folder: Path) -> Path:
+    name = {"prefix": f".{folder.name}.", "suffix": ".tmp"}
+    try:
+        # what a killed process leaves there is no part of the folder
+        return Path(tempfile.mkdtemp(dir=folder.parent, **name))
+    except OSError:
+        # of a disk's topmost folder, or one in somebody else's
+        return Path(tempfile.mkdtemp(dir=folder, **name))
+
+
 def _could_not_write(path: Path, error: OSError) -> str:
     reason = error.strerror or str(error)
     return f"could not write {path}: {reason}. Nothing was left there. Free space or choose another place."

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,16 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mtl_nnunet.cases import Dataset, orientation
-from mtl_nnunet.figures import (
-    FAST,
-    draw_expected_loss,
-    draw_levels,
-    draw_ranking,
-    draw_slices,
-    for_page,
-    write_figure,
-)
+from mtl_nnunet.figures import draw_expected_loss, draw_levels, draw_ranking, draw_slices, write_figure
 from mtl_nnunet.files import write_text
+from mtl_nnunet.page import PLANES, figure_in_page, page_text
 from mtl_nnunet.pictures import (
     CLASS_COLOURS,
     LONGEST_SIDE,
@@ -39,11 +30,8 @@ from mtl_nnunet.slices import Slices
 if TYPE_CHECKING:
     from markupsafe import Markup
 
-TEMPLATE = Path(__file__).with_name("report.html.jinja")
 # of the sides of a pixel, up to which a picture with square pixels shows anatomy as it is
 SQUARE = 1.02
-SIDES = {"L": "left", "R": "right", "A": "front", "P": "back", "S": "head", "I": "feet"}
-PLANES = {"L": "sagittal", "R": "sagittal", "A": "coronal", "P": "coronal", "S": "axial", "I": "axial"}
 
 
 @dataclass(frozen=True)
@@ -105,7 +93,8 @@ def write_report(
     pictures = [(f"{s.case}, slice {s.position}", row) for s in samples for row in s.rows]
     write_figure(draw_slices(pictures), folder, "slices")
     told = ranking.expectation
-    text = _template().render(
+    text = page_text(
+        "report.html.jinja",
         content=content,
         ranking=ranking,
         rows=_rows(ranking),
@@ -130,41 +119,18 @@ def write_report(
         commands=commands,
         cost=cost,
         files=sorted(f.name for f in folder.iterdir()),
-        image=_image,
         shrunk=max(slices.images.shape[2:]) > LONGEST_SIDE,
         stretched=max(slices.spacing) / min(slices.spacing) > SQUARE,
         unshown=0 if are_colours(dataset.channel_names) else max(0, len(dataset.channel_names) - MOST_CHANNELS),
         label_key=_label_key(slices),
         intervals=any(not np.isnan(c.low) for c in ranking.checkpoints),
         counted_as_patients=all(c.patient == c.name for c in dataset.cases),
-        sides=SIDES,
         planes=[(min(c.plane[i] for c in slices.used), max(c.plane[i] for c in slices.used)) for i in (0, 1)],
     )
     write_text(folder / "report.html", text)
 
 
-def _template() -> Any:
-    from jinja2 import Environment, StrictUndefined
-
-    # names of datasets, cases and files come from outside: all is escaped
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["number"] = lambda value, form=".4f": (
-        "–" if value is None or np.isnan(value) else format(value, form)
-    )
-    environment.filters["probability"] = _probability
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-
-
-def _probability(value: float | None) -> str:
-    """With three decimals; what is not certain is not rounded to certain: draws are few."""
-    if value is None or np.isnan(value):
-        return "–"
-    return "<0.001" if value < 0.001 else ">0.999" if value > 0.999 else f"{value:.3f}"
-
-
 def _in_page(svg: str, name: str, ranking: Ranking) -> Markup:
-    from markupsafe import Markup
-
     score = ranking.score.name
     rows = ranking.checkpoints
     title, description = {
@@ -180,8 +146,7 @@ def _in_page(svg: str, name: str, ranking: Ranking) -> Markup:
         ),
         "levels": (f"{score} score at each level of the encoder", "The table below has every number."),
     }[name]
-    # made by matplotlib and ElementTree, which escape what they are given
-    return Markup(for_page(svg, name, title, description))
+    return figure_in_page(svg, name, title, description)
 
 
 def _rows(ranking: Ranking) -> list[dict[str, Any]]:
@@ -233,15 +198,6 @@ def _turned_in_words(orientations: Mapping[str, str | None]) -> list[str]:
 def _plane(slices: Slices, orientations: dict[str, str | None]) -> str | None:
     planes = {PLANES[letters[2 - slices.axis]] if letters else None for letters in orientations.values()}
     return planes.pop() if len(planes) == 1 else None
-
-
-def _image(pixels: np.ndarray) -> str:
-    """Pixels as an address that holds the image itself."""
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG", **FAST)
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _channels(dataset: Dataset, slices: Slices) -> list[dict[str, Any]]:

@@ -20,8 +20,11 @@ SHOWN_RANGE = (0.5, 99.5)
 OPPOSITE = {"L": "R", "R": "L", "A": "P", "P": "A", "S": "I", "I": "S"}
 # nnU-Net takes the last for all three; others name each
 COLOURS = (("r", "g", "b"), ("red", "green", "blue"), ("rgb_to_0_1",) * 3)
-CLASSES = ((242, 177, 52), (47, 127, 193), (200, 71, 43), (76, 159, 112), (141, 95, 176))
-CLASS_COLOURS = ("yellow", "blue", "red", "green", "violet")
+CLASSES = (
+    *((242, 177, 52), (47, 127, 193), (200, 71, 43), (76, 159, 112), (141, 95, 176)),
+    *((231, 110, 181), (122, 199, 207), (163, 177, 56)),
+)
+CLASS_COLOURS = ("yellow", "blue", "red", "green", "violet", "pink", "pale blue", "olive")
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from mtl_nnunet.selection import DEFAULT_FOLDER, Selection, read_selection
 
 RECORD_KEY = "mtl_nnunet"
 RECIPE_KEY = "recipe"
+ITERATIONS_KEY = "iterations_per_epoch"
 # of TimmUNet, that plans may set and a selection does not decide
 OWN_ARGUMENTS = ("n_conv_per_stage_decoder", "stem_channels", "inflation")
 NETWORK = "mtl_nnunet.network.TimmUNet"

@@ -45,6 +45,8 @@ FILES = (
     *(SELECTION_FILE, ENCODER_FILE, TABLE_FILE, REPORT_FILE),
     *(f"{name}.{ending}" for name in FIGURES for ending in ("png", "svg")),
 )
+# pictures of trainings that started from it, which go when it does
+TRAINING_FILES = re.compile(r"training_.+\.(html|png|svg)")
 DEFAULT_FOLDER = "mtl_selection"
 PACKAGES = ("torch", "timm", "monai", "nnunetv2", "numpy", "scipy", "SimpleITK")
 
@@ -280,7 +282,7 @@ def refuse_foreign_folder(folder: str | Path, overwrite: bool) -> None:
         raise UserError(
             f"{folder} is not a selection, so it is not overwritten. Pass -o a folder that does not exist yet."
         )
-    if folder.exists() and (others := sorted(f.name for f in folder.iterdir() if f.name not in FILES)):
+    if folder.exists() and (others := sorted(f.name for f in folder.iterdir() if not _is_ours(f.name))):
         raise UserError(
             f"{folder} holds other files than a selection's ({listed(others)}), so it is not overwritten. Move them away."
         )
@@ -289,6 +291,25 @@ def refuse_foreign_folder(folder: str | Path, overwrite: bool) -> None:
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror} ({there}). Choose another place.") from error
+
+
+def selected_sha256(folder: Path) -> str | None:
+    """Hash of the encoder that a folder's selection chose, by ``selection.json`` alone; None where there is no selection.
+
+    Raises:
+        UserError: ``selection.json`` is damaged.
+    """
+    path = folder / SELECTION_FILE
+    if not path.is_file():
+        return None
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["encoder"]["sha256"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error!r}). Run mtl-select-checkpoint again with --overwrite.") from error
+
+
+def _is_ours(name: str) -> bool:
+    return name in FILES or TRAINING_FILES.fullmatch(name) is not None
 
 
 def _write_encoder(path: Path, ranking: Ranking) -> list[str]:

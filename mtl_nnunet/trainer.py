@@ -22,7 +22,7 @@ from torch import nn
 from mtl_nnunet import __version__
 from mtl_nnunet.errors import UserError
 from mtl_nnunet.files import to_json, write_text, written_atomically
-from mtl_nnunet.plans import RECIPE_KEY, RECORD_KEY, selection_of, with_timm_unet
+from mtl_nnunet.plans import ITERATIONS_KEY, RECIPE_KEY, RECORD_KEY, selection_of, with_timm_unet
 from mtl_nnunet.recipe import (
     RECIPE_VARIABLE,
     EpochwiseLR,
@@ -33,10 +33,10 @@ from mtl_nnunet.recipe import (
     recipe_of_environment,
 )
 from mtl_nnunet.selection import Selection, load_selected_encoder
+from mtl_nnunet.trainings import CHECKPOINTS
 
 RECORD_FILE = "mtl_selection.json"
 ITERATIONS_VARIABLE = "MTL_ITERATIONS_PER_EPOCH"
-CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
 # nnU-Net's own way for a model to predict where its trainer is not on the path; the real one stands in the plans
 TRAINER_NAME_FOR_PREDICTION = "nnUNetTrainer"
 
@@ -157,12 +157,20 @@ class MTLTrainer(nnUNetTrainer):
 
     def on_train_start(self) -> None:
         """Take possession of the model folder before nnU-Net writes its plans there."""
+        # nnU-Net records it nowhere, and trainings of other numbers are not comparable
+        self.plans_manager.plans[RECORD_KEY][ITERATIONS_KEY] = self.num_iterations_per_epoch
         if self.local_rank == 0:
             self._claim_model_folder()
             # of a run that was killed while it wrote
             for leftover in Path(self.output_folder).glob(".checkpoint_*.pth.*.tmp"):
                 leftover.unlink(missing_ok=True)
         super().on_train_start()
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """nnU-Net's, and then the picture of the training, beside the selection that it started from."""
+        super().perform_actual_validation(save_probabilities)
+        if self.local_rank == 0 and self.load_encoder:
+            self._draw_training()
 
     def save_checkpoint(self, filename: str) -> None:
         """Write the checkpoint atomically, in types that load with ``weights_only=True``."""
@@ -288,6 +296,20 @@ class MTLTrainer(nnUNetTrainer):
                 f"Warning: the first fold of this model was begun with another recipe ({differing}). Folds of one model are "
                 "comparable only with the same recipe."
             )
+
+    def _draw_training(self) -> None:
+        """A picture that cannot be drawn is one line in the log: the training is done, and stays what it is."""
+        from mtl_nnunet.training_report import report_training
+
+        name = self.plans_manager.dataset_name
+        try:
+            report = report_training(
+                name, self.configuration_name, self.fold, type(self).__name__, self.plans_manager.plans_name
+            )
+            self.print_to_log_file(f"Picture of the training: {report.page}")
+        except Exception as error:
+            said = " ".join(str(error).split()) or type(error).__name__
+            self.print_to_log_file(f"Warning: no picture of the training was drawn: {said}")
 
     def _refuse_what_would_be_ignored(self) -> None:
         """Trainers that bring an optimiser or a network of their own do not go together with this one."""

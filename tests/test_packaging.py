@@ -25,7 +25,7 @@ def test_wheel_carries_trainers_inside_the_package_only(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert "mtl_nnunet/trainers/mtl_nnunet_trainers.py" in names
     assert "mtl_nnunet/py.typed" in names
-    assert "mtl_nnunet/report.html.jinja" in names
+    assert {f"mtl_nnunet/{n}.html.jinja" for n in ("page", "parts", "report", "training")} <= set(names)
     assert "mtl_nnunet/demo_data/pretraining/checkpoint-39.pth.tar" in names
     for file in ("LICENSE", "docs/README.md", "configs/metadata.json", "configs/train.yaml", "configs/logging.conf"):
         assert f"mtl_nnunet/bundle/{file}" in names

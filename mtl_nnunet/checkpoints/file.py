@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,13 +31,12 @@ WEIGHT_KEYS = ("state_dict", "model_state_dict", "model")
 EMA_KEYS = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema")
 PAIR = ("teacher", "student")
 # plain data that runs store beside their weights, of packages that need not be here: nothing of these names is imported or
-# called, an inert object stands in their place
+# called, an inert object stands in their place, and a plain number in that of NumPy's numbers
 INERT = (
     *("pathlib.PosixPath", "pathlib.WindowsPath", "pathlib._local.PosixPath", "pathlib._local.WindowsPath"),
-    *("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype"),
-    *("numpy.dtypes.Float64DType", "numpy.dtypes.Float32DType", "numpy.dtypes.Int64DType"),
     "torch.torch_version.TorchVersion",
 )
+NUMPY_NUMBERS = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
 INERT_MAPPINGS = (
     *("lightning.fabric.utilities.data.AttributeDict", "lightning_fabric.utilities.data.AttributeDict"),
     *("pytorch_lightning.utilities.parsing.AttributeDict", "lightning.pytorch.utilities.parsing.AttributeDict"),
@@ -203,13 +203,40 @@ class _InertMapping:
         return OrderedDict()
 
 
+class _NumpyDtype:
+    """Stands for the type of a number: its kind and size, and once they are filled in its byte order."""
+
+    def __init__(self, kind: str, *_: Any):
+        self.kind, self.order = kind, "="
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.order = state[1]
+
+
+class _NumpyNumber:
+    """Stands for a NumPy number, and is a Python number; texts, dates and objects are nothing here."""
+
+    def __new__(cls, dtype: _NumpyDtype, content: bytes) -> Any:
+        if not re.fullmatch(r"[fiub]\d{1,2}", dtype.kind):
+            return _Inert()
+        (number,) = np.frombuffer(content, dtype=dtype.order + dtype.kind)
+        return number.item()
+
+
 def _standing_for(name: str, what: type) -> type:
     module, _, last = name.rpartition(".")
     return type(last, (what,), {"__module__": module})
 
 
 _STAND_INS = [
-    _standing_for(n, what) for names, what in ((INERT, _Inert), (INERT_MAPPINGS, _InertMapping)) for n in names
+    _standing_for(name, what)
+    for names, what in (
+        (INERT, _Inert),
+        (INERT_MAPPINGS, _InertMapping),
+        (("numpy.dtype",), _NumpyDtype),
+        (NUMPY_NUMBERS, _NumpyNumber),
+    )
+    for name in names
 ]
 
 
@@ -226,7 +253,7 @@ def _read(path: Path) -> tuple[Mapping[str, Any], Mapping[str, str]]:
 
 
 def read_pickle(path: Path) -> Mapping[str, Any]:
-    """What a file that torch saved holds, read without executing anything; NumPy's numbers in it are stood in for.
+    """What a file that torch saved holds, read without executing anything; NumPy's numbers in it become Python's.
 
     Raises:
         UserError: It asks for code, is damaged, or holds no dictionary.

@@ -1,4 +1,4 @@
-"""``mtl-nnunet``: trainers, plans, bundle, checkpoints, demo, doctor, evaluate-scores, fit-chooser."""
+"""``mtl-nnunet``: trainers, plans, training, bundle, checkpoints, demo, doctor, evaluate-scores, fit-chooser."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mtl_nnunet.cli import doctor, evaluate_scores, fit_chooser, list_checkpoints
+from mtl_nnunet.cli import doctor, evaluate_scores, fit_chooser, list_checkpoints, training
 from mtl_nnunet.cli.command import add_json, answers_json, run
 from mtl_nnunet.errors import UserError
 
@@ -94,6 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.set_defaults(command=answers_json(run_demo))
 
     doctor.add_parser(commands)
+    training.add_parser(commands)
     list_checkpoints.add_parser(commands)
     evaluate_scores.add_parser(commands)
     fit_chooser.add_parser(commands)
