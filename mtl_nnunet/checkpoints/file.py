@@ -217,9 +217,10 @@ class _NumpyNumber:
     """Stands for a NumPy number, and is a Python number; texts, dates and objects are nothing here."""
 
     def __new__(cls, dtype: _NumpyDtype, content: bytes) -> Any:
-        if not re.fullmatch(r"[fiub]\d{1,2}", dtype.kind):
+        kind = f"{dtype.order}{dtype.kind}"
+        if not re.fullmatch(r"[<>=|][fiub]\d{1,2}", kind):
             return _Inert()
-        (number,) = np.frombuffer(content, dtype=dtype.order + dtype.kind)
+        (number,) = np.frombuffer(content, dtype=kind)
         return number.item()
 
 
