@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mtl_nnunet.curves import STATES, Curve
+from mtl_nnunet.drawing import matplotlib_defaults
 from mtl_nnunet.evaluation import (
     ACCURACY,
     ALL,
@@ -25,7 +26,6 @@ from mtl_nnunet.evaluation import (
     Evaluation,
     fixed_line,
 )
-from mtl_nnunet.figures import matplotlib_defaults
 
 if TYPE_CHECKING:
     import pandas as pd

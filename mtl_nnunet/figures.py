@@ -7,13 +7,14 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 import numpy as np
 
 from mtl_nnunet.budget import budgets_of
 from mtl_nnunet.checkpoints import ages
+from mtl_nnunet.drawing import matplotlib_defaults
 from mtl_nnunet.pictures import Tile
 from mtl_nnunet.ranking import RankedCheckpoint, Ranking
 
@@ -390,19 +391,6 @@ def _short(name: str, longest: int = LONGEST_NAME) -> str:
     # the middle goes: names of runs differ at their ends
     half = longest // 2
     return name if len(name) <= longest else f"{name[:half]}…{name[-half:]}"
-
-
-@contextmanager
-def matplotlib_defaults(**options: Any) -> Iterator[None]:
-    """Within it figures look the same whatever the process set before: nnU-Net's logger makes all letters 2.5 times as large."""
-    import matplotlib
-
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        # names are no formulas
-        matplotlib.rcParams["text.parse_math"] = False
-        matplotlib.rcParams.update(cast("Any", options))
-        yield
 
 
 @contextmanager

@@ -282,10 +282,10 @@ def close_up(foreground: np.ndarray, spacing: tuple[float, float]) -> tuple[slic
         spacing: Of a row and of a column in mm.
 
     Examples:
-        >>> foreground = np.zeros((100, 50), bool)
+        >>> foreground = np.zeros((100, 60), bool)
         >>> foreground[40:50, 0:5] = True
         >>> close_up(foreground, (1.0, 1.0))
-        (slice(37, 54, None), slice(0, 9, None))
+        (slice(36, 53, None), slice(0, 10, None))
         >>> close_up(~foreground, (1.0, 1.0)) is None
         True
     """

@@ -13,8 +13,8 @@ from mtl_nnunet.bootstrap import FEWEST_PATIENTS
 from mtl_nnunet.budget import budgets_of
 from mtl_nnunet.cases import Dataset, table_of_patients_left_unread
 from mtl_nnunet.chooser import Choice
+from mtl_nnunet.drawing import matplotlib_defaults
 from mtl_nnunet.errors import listed
-from mtl_nnunet.figures import matplotlib_defaults
 from mtl_nnunet.ranking import RankedCheckpoint, Ranking
 from mtl_nnunet.slices import Slices
 

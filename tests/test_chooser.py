@@ -420,4 +420,4 @@ def test_the_shipped_chooser_takes_the_last_without_a_price(state: str, epochs: 
 
 def test_epochs_that_count_from_zero_are_one_more() -> None:
     said = [choose_by_expected_loss(read_chooser(), epochs, None).warnings for epochs in ([0, 7, 15], [1, 7, 15])]
-    assert ["a pretraining of" in " ".join(w) for w in said] == [False, True]
+    assert ["this pretraining has" in " ".join(w) for w in said] == [False, True]
