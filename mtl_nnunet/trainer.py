@@ -33,7 +33,7 @@ from mtl_nnunet.recipe import (
     recipe_of_environment,
 )
 from mtl_nnunet.selection import Selection, load_selected_encoder
-from mtl_nnunet.trainings import CHECKPOINTS
+from mtl_nnunet.trainings import CHECKPOINTS, TRAINED_WITH
 
 RECORD_FILE = "mtl_selection.json"
 ITERATIONS_VARIABLE = "MTL_ITERATIONS_PER_EPOCH"
@@ -84,7 +84,7 @@ class MTLTrainer(nnUNetTrainer):
             **self._selected(plans, configuration, fold, dataset_json),
             RECIPE_KEY: asdict(self.recipe),
             "trainer": type(self).__name__,
-            "trained_with": __version__,
+            TRAINED_WITH: __version__,
         }
         super().__init__(with_timm_unet(plans, configuration, record), configuration, fold, dataset_json, device)
         self.initial_lr = self.recipe.lr
@@ -157,8 +157,7 @@ class MTLTrainer(nnUNetTrainer):
 
     def on_train_start(self) -> None:
         """Take possession of the model folder before nnU-Net writes its plans there."""
-        # nnU-Net records it nowhere, and trainings of other numbers are not comparable
-        self.plans_manager.plans[RECORD_KEY][ITERATIONS_KEY] = self.num_iterations_per_epoch
+        self._record_iterations()
         if self.local_rank == 0:
             self._claim_model_folder()
             # of a run that was killed while it wrote
@@ -222,7 +221,7 @@ class MTLTrainer(nnUNetTrainer):
         except ValueError as error:
             raise UserError(
                 f"the optimiser's state in {filename_or_checkpoint} does not fit ({error}): the fold was begun by another version of "
-                f"mtl-nnunet ({begun.get('trained_with', 'unknown')}; this is {__version__}). Install that one to go on with it."
+                f"mtl-nnunet ({begun.get(TRAINED_WITH, 'unknown')}; this is {__version__}). Install that one to go on with it."
             ) from error
         best = Path(filename_or_checkpoint).with_name("checkpoint_best.pth")
         if best.is_file():
@@ -299,10 +298,11 @@ class MTLTrainer(nnUNetTrainer):
 
     def _draw_training(self) -> None:
         """A picture that cannot be drawn is one line in the log: the training is done, and stays what it is."""
-        from mtl_nnunet.training_report import report_training
-
         name = self.plans_manager.dataset_name
         try:
+            # what it needs to draw may be broken too
+            from mtl_nnunet.training_report import report_training
+
             report = report_training(
                 name, self.configuration_name, self.fold, type(self).__name__, self.plans_manager.plans_name
             )
@@ -336,6 +336,22 @@ class MTLTrainer(nnUNetTrainer):
             )
         self.num_iterations_per_epoch = int(numbers[0])
         self.num_val_iterations_per_epoch = int(numbers[-1]) if len(numbers) > 1 else max(1, int(numbers[0]) // 5)
+
+    def _record_iterations(self) -> None:
+        """nnU-Net records them nowhere, and trainings of other numbers are not comparable; of a fold with several there is no number."""
+        now, record = self.num_iterations_per_epoch, self.plans_manager.plans[RECORD_KEY]
+        if not self.resuming:
+            record[ITERATIONS_KEY] = now
+            return
+        # of a fold that goes on nnU-Net saves the arguments that it was begun with
+        begun = self.my_init_kwargs["plans"][RECORD_KEY]
+        before = begun.get(ITERATIONS_KEY)
+        if before not in (None, now) and self.current_epoch < self.num_epochs:
+            self.print_to_log_file(
+                f"Warning: this fold was begun with {before} iterations per epoch and goes on with {now} ({ITERATIONS_VARIABLE})."
+            )
+            begun[ITERATIONS_KEY] = None
+        record[ITERATIONS_KEY] = begun.get(ITERATIONS_KEY)
 
     def _adopt(self, how: Recipe) -> None:
         self.recipe = how

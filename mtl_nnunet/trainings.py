@@ -23,6 +23,8 @@ CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best
 LOGS = "training_log_*.txt"
 # what trainings from a selection are held against
 YARDSTICKS = ("MTLTrainerScratch", "nnUNetTrainer")
+# in the record of what MTLTrainer trained, and of nothing else
+TRAINED_WITH = "trained_with"
 LENGTH = r"(_\d+epochs?)?"
 MOST_OTHERS = 5
 # of a curve, in a table
@@ -197,6 +199,9 @@ def read_training(model: Path, fold: int | str) -> Training:
     if record:
         # of this fold: plans.json is of the one that was begun last
         plans[RECORD_KEY] = record
+    if TRAINED_WITH not in plans.get(RECORD_KEY, {}):
+        # plans that name a selection, trained by a trainer that does not load it
+        plans.pop(RECORD_KEY, None)
     summary = folder / "validation" / "summary.json"
     validation = read_validation(summary, str(dataset.get("file_ending", ""))) if summary.is_file() else None
     final, latest = (folder / name for name in CHECKPOINTS[:2])

@@ -382,6 +382,36 @@ def test_iterations_come_from_the_environment(
     assert (trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch) == expected
 
 
+def test_a_fold_that_goes_on_with_other_iterations_says_so_and_has_no_single_number(
+    folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def recorded(trainer: Any) -> list[Any]:
+        latest = Path(trainer.output_folder, "checkpoint_latest.pth")
+        trainer.save_checkpoint(str(latest))
+        saved = torch.load(latest, weights_only=True)["init_args"]["plans"]
+        return [plans["mtl_nnunet"].get("iterations_per_epoch") for plans in (saved, trainer.plans_manager.plans)]
+
+    def went_on(iterations: str, num_epochs: int = 1000) -> Any:
+        monkeypatch.setenv("MTL_ITERATIONS_PER_EPOCH", iterations)
+        trainer = make(MTLTrainer, folders, resume=True)
+        trainer.load_checkpoint(str(Path(trainer.output_folder, "checkpoint_latest.pth")))
+        trainer.num_epochs = num_epochs
+        trainer._record_iterations()
+        return trainer
+
+    monkeypatch.setenv("MTL_ITERATIONS_PER_EPOCH", "7")
+    first = started(make(MTLTrainer, folders))
+    first._record_iterations()
+    assert recorded(first) == [7, 7]
+    assert recorded(went_on("7")) == [7, 7]
+    # a fold that is finished is validated once more
+    assert recorded(went_on("9", num_epochs=1)) == [7, 7]
+    other = went_on("9")
+    assert recorded(other) == [None, None]
+    assert "begun with 7 iterations per epoch and goes on with 9" in Path(other.log_file).read_text()
+    assert recorded(went_on("9")) == [None, None]
+
+
 @pytest.mark.parametrize("text", ["many", "0", "5,0", "1,2,3", "-4"])
 def test_senseless_iterations_are_refused(folders: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("MTL_ITERATIONS_PER_EPOCH", text)
