@@ -147,7 +147,7 @@ def picture_of(case: Case, prediction: Path, look: Look) -> CasePicture:
         raise UserError(
             f"{prediction} is of another shape ({predicted.shape}) than the truth ({image.label.shape}; z, y, x)."
         )
-    truth, predicted = (np.moveaxis(v, look.axis, 0) for v in (image.label, predicted.astype(np.int64)))
+    truth, predicted = (np.moveaxis(v, look.axis, 0) for v in (image.label, predicted.astype(image.label.dtype)))
     position, rule = slice_to_show(truth, predicted, look.ignore_label)
     ranges = _ranges(image.voxels, look)
     channels = np.moveaxis(image.voxels, look.axis + 1, 1)[:, position]

@@ -46,7 +46,7 @@ FILES = (
     *(f"{name}.{ending}" for name in FIGURES for ending in ("png", "svg")),
 )
 # pictures of trainings that started from it, which go when it does
-TRAINING_FILES = re.compile(r"training_.+\.(html|png|svg)")
+TRAINING_FILES = re.compile(r"training_.+__.+__.+_fold_(\d+|all)(\.html|_(curves|cases)\.(png|svg))")
 DEFAULT_FOLDER = "mtl_selection"
 PACKAGES = ("torch", "timm", "monai", "nnunetv2", "numpy", "scipy", "SimpleITK")
 

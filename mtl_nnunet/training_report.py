@@ -25,9 +25,9 @@ from mtl_nnunet.files import files_written_together, write_text
 from mtl_nnunet.overlays import CasePicture, Look, class_colours, difference_colours, look_of, picture_of
 from mtl_nnunet.page import figure_in_page, page_text
 from mtl_nnunet.pictures import MOST_CHANNELS, are_colours
-from mtl_nnunet.plans import preprocessed_folder
+from mtl_nnunet.plans import RECIPE_KEY, preprocessed_folder
 from mtl_nnunet.selection import DEFAULT_FOLDER, REPORT_FILE, selected_sha256
-from mtl_nnunet.trainings import Training, find_model, find_named, find_others, labels_of, read_training
+from mtl_nnunet.trainings import YARDSTICKS, Training, find_model, find_named, find_others, labels_of, read_training
 from mtl_nnunet.validation import Paired, cases_to_look_at, class_names, pair
 
 # what its files are called after the stem
@@ -337,6 +337,14 @@ def _warnings(
             warnings.append(
                 f"{label} had {other.iterations} iterations per epoch, {labels[0]} {training.iterations}: what differs is not the start alone."
             )
+        if len({t.record.get("encoder") for t in (training, other) if t.record}) > 1:
+            warnings.append(
+                f"{label} is a network of another encoder than {labels[0]}: what differs is not the start alone."
+            )
+        if unlike := _unlike_recipes(training, other):
+            warnings.append(
+                f"{label} learned by another recipe than {labels[0]} ({listed(unlike)}): what differs is not the start alone."
+            )
         if other.batch != training.batch:
             warnings.append(
                 f"{label} was trained on other patches or batches ({other.batch}) than {labels[0]} ({training.batch})."
@@ -381,6 +389,17 @@ def _warnings(
         elif number is not None and number < FEW_PATIENTS:
             warnings.append(f"Only {number} patients were validated on: intervals from so few are rough.")
     return warnings
+
+
+def _unlike_recipes(training: Training, other: Training) -> list[str]:
+    """Hyper-parameters that differ, but for those that every training from random weights has; none where they are not recorded."""
+    mine, theirs = ((t.record or {}).get(RECIPE_KEY) or {} for t in (training, other))
+    unlike = [k for k in mine if k in theirs and mine[k] != theirs[k]]
+    if unlike and any(t.trainer.startswith(YARDSTICKS[0]) for t in (training, other)):
+        from mtl_nnunet.variants import MTLTrainerScratch
+
+        unlike = [k for k in unlike if k not in MTLTrainerScratch.fixed]
+    return [f"{k} {theirs[k]}, not {mine[k]}" for k in unlike]
 
 
 def _draw(

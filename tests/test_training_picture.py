@@ -8,6 +8,7 @@ import json
 import pickle
 import re
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -55,6 +56,10 @@ from mtl_nnunet.validation import Validation, cases_to_look_at, pair, read_valid
 NAME = "Dataset011_Phantom"
 TRAINER = "MTLTrainer_1epoch"
 SHA = "a" * 64
+RECORD = {
+    **{"encoder": "test_resnet", "encoder_sha256": SHA, "epoch": 39, "iterations_per_epoch": 250, "trained_with": "0"},
+    "recipe": {"lr": 1e-3, "encoder_lr_factor": 0.1},
+}
 
 
 # real trainings
@@ -146,6 +151,10 @@ def test_nobody_finds_it_beside_another_selection(
         "cpu",
         "--overwrite",
     ]
+    (folder / "training_notes.png").touch()
+    assert select(again) == 1
+    assert re.search(r"holds other files than a selection's \(training_notes\.png\)", capsys.readouterr().err)
+    (folder / "training_notes.png").unlink()
     assert select(again) == 0
     assert not list(folder.glob("training*"))
     assert main(command) == 1
@@ -215,8 +224,11 @@ def test_what_fails_here_fails_no_training(trained: Path, monkeypatch: pytest.Mo
     plans["continue_training"] = False
     trainer = MTLTrainer(plans, "2d", 3, description, torch.device("cpu"))
     trainer._draw_training()
+    # a package that it needs is broken
+    monkeypatch.setitem(sys.modules, "mtl_nnunet.training_report", None)
+    trainer._draw_training()
     log = Path(trainer.log_file).read_text()
-    assert log.count("Warning: no picture of the training was drawn: ") == 1
+    assert log.count("Warning: no picture of the training was drawn: ") == 2
     assert not list(selection_in(trained).glob("training_MTLTrainer__*"))
 
 
@@ -263,7 +275,7 @@ def write_training(
     (fold / "validation").mkdir(parents=True)
     description = json.loads((root / "raw" / name / "dataset.json").read_text())
     ours = model.startswith("MTLTrainer")
-    record = {"mtl_nnunet": {"encoder": "test_resnet", "encoder_sha256": SHA, "epoch": 39, "iterations_per_epoch": 250}}
+    record = {"mtl_nnunet": RECORD}
     about = {
         "dataset_name": name,
         "plans_name": model.split("__")[1],
@@ -479,6 +491,30 @@ def test_others_are_found_and_what_differs_is_said(results: Path) -> None:
         report_training(11, "2d", patients=table)
     table.rename(results / "raw" / NAME / "patients.csv")
     assert any("Every case counted as a patient of its own" in w for w in report_training(11, "2d").warnings)
+
+
+def test_another_encoder_or_recipe_is_said_and_what_random_weights_have_of_their_own_is_not(results: Path) -> None:
+    of_random = {**RECORD, "recipe": {"lr": 1e-3, "encoder_lr_factor": 1.0}}
+    write_training(results, "MTLTrainerScratch__nnUNetPlans__2d", mtl_nnunet=of_random)
+    other = {**RECORD, "encoder": "test_convnext", "recipe": {"lr": 1e-2, "encoder_lr_factor": 1.0}}
+    write_training(results, "MTLTrainerScratch__Other__2d", mtl_nnunet=other)
+    said = [w for w in report_training(11, "2d").warnings if "what differs is not the start alone" in w]
+    assert said == [
+        "MTLTrainerScratch, Other is a network of another encoder than MTLTrainer: what differs is not the start alone.",
+        "MTLTrainerScratch, Other learned by another recipe than MTLTrainer (lr 0.01, not 0.001): what differs is not the start alone.",
+    ]
+
+
+def test_a_trainer_that_loads_no_selection_started_from_none_though_its_plans_name_one(
+    results: Path, tmp_path: Path
+) -> None:
+    named = {"encoder": "test_resnet", "encoder_sha256": SHA, "epoch": 39, "folder": "mtl_selection", "recipe": {}}
+    write_training(results, "nnUNetTrainer__nnUNetPlansMTL__2d", mtl_nnunet=named)
+    with pytest.raises(UserError, match="was not trained from a selection"):
+        report_training(11, "2d", trainer="nnUNetTrainer", plans="nnUNetPlansMTL")
+    report = report_training(11, "2d", trainer="nnUNetTrainer", plans="nnUNetPlansMTL", output=tmp_path / "page")
+    assert report.content["selection"] is None
+    assert "no selection" in Page(report.page).words
 
 
 def test_no_more_are_shown_than_there_are_colours(results: Path) -> None:
