@@ -134,12 +134,13 @@ def files_written_together(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
 def _folder_beside(folder: Path) -> Path:
     name = {"prefix": f".{folder.name}.", "suffix": ".tmp"}
-    try:
-        # what a killed process leaves there is no part of the folder
-        return Path(tempfile.mkdtemp(dir=folder.parent, **name))
-    except OSError:
-        # of a disk's topmost folder, or one in somebody else's
-        return Path(tempfile.mkdtemp(dir=folder, **name))
+    # from beside a disk's topmost folder, as containers have them, nothing can be moved into it
+    if not os.path.ismount(folder):
+        with suppress(OSError):
+            # what a killed process leaves there is no part of the folder
+            return Path(tempfile.mkdtemp(dir=folder.parent, **name))
+    # also where the folder above is somebody else's
+    return Path(tempfile.mkdtemp(dir=folder, **name))
 
 
 def _could_not_write(path: Path, error: OSError) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,14 @@ from pathlib import Path
 import pytest
 
 from mtl_nnunet.errors import UserError
-from mtl_nnunet.files import folder_written_atomically, sha256, to_json, write_text, written_atomically
+from mtl_nnunet.files import (
+    files_written_together,
+    folder_written_atomically,
+    sha256,
+    to_json,
+    write_text,
+    written_atomically,
+)
 
 
 @contextmanager
@@ -78,3 +86,15 @@ def test_hash_is_sha256_of_the_content(tmp_path: Path) -> None:
 def test_json_has_no_nan() -> None:
     with pytest.raises(ValueError, match="Out of range"):
         to_json({"score": float("nan")})
+
+
+@pytest.mark.skipif(not os.path.ismount("/dev/shm"), reason="/dev/shm is no disk of its own here")
+def test_files_are_written_into_a_disks_topmost_folder() -> None:
+    # as containers have them, whose user may write beside it too
+    name = f"mtl_nnunet_test_{os.getpid()}.txt"
+    try:
+        with files_written_together("/dev/shm") as temporary:
+            (temporary / name).write_text("whole")
+        assert Path("/dev/shm", name).read_text() == "whole"
+    finally:
+        Path("/dev/shm", name).unlink(missing_ok=True)
