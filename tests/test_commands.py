@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +255,20 @@ def test_with_json_what_other_programs_print_goes_to_stderr(
     assert sorted(printed.err.split("\n")) == ["", "from elsewhere", "printed"]
     answers_json(noisy)(argparse.Namespace(json=False))
     assert capfd.readouterr().out.split() == ["printed", "from", "elsewhere"]
+
+
+def test_with_json_what_is_written_to_a_stream_that_was_kept_goes_to_stderr() -> None:
+    code = """
+import argparse, sys
+from mtl_nnunet.cli.command import answers_json
+kept = sys.stdout
+answers_json(lambda _: {"written": kept.write("from a handler\\n")})(argparse.Namespace(json=True))
+"""
+    # as users have it: buffered
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == {"written": 15}
+    assert done.stderr == "from a handler\n"
 
 
 def test_folds_and_checkpoint_of_a_bundle_need_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

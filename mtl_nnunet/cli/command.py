@@ -56,8 +56,11 @@ def answers_json(command: Callable[[argparse.Namespace], dict[str, Any]]) -> Cal
         if not args.json:
             command(args)
             return
+        stdout = sys.stdout
         with redirect_stdout(sys.stderr), _descriptor_of_stderr():
             content = command(args)
+            # what was written to it by those who kept it
+            stdout.flush()
         print(to_json(content), end="")
 
     return answer
