@@ -291,6 +291,8 @@ def _verdict(training: Training, label: str, compared: Sequence[tuple[str, Train
         return f"{label} {state}: {_epochs(curves.num_epochs)}, moving average of the pseudo Dice {curves.ema[-1]:.4f}."
     mean = validation.mean_of_classes
     many = "1 case" if len(validation.cases) == 1 else f"{len(validation.cases)} cases"
+    if math.isnan(mean):
+        return f"{label} has no validation Dice: neither the truth nor the prediction of {many} of fold {training.fold} has any class."
     sentences = [f"{label} reaches a mean validation Dice of {mean:.4f} on {many} of fold {training.fold}."]
     for name, _, paired in compared:
         if paired is None:
@@ -461,11 +463,11 @@ def _class_means(everyone: Sequence[Training], look: Look) -> list[tuple[str, li
 
 def _all_cases(everyone: Sequence[Training], owners: dict[str, str]) -> list[tuple[str, str, list[float]]]:
     """Mean Dice of each case in each training, the worst of the first one on top."""
-    own = [t.validation for t in everyone]
-    rows = []
-    for case in owners:
-        values = [float(v.of_cases[v.cases.index(case)]) if v and case in v.cases else math.nan for v in own]
-        rows.append((case, owners[case], values))
+    known = [
+        dict(zip(t.validation.cases, map(float, t.validation.of_cases), strict=True)) if t.validation else {}
+        for t in everyone
+    ]
+    rows = [(case, patient, [of.get(case, math.nan) for of in known]) for case, patient in owners.items()]
     return sorted(rows, key=lambda row: (math.isnan(row[2][0]), row[2][0], row[0]))
 
 

@@ -143,12 +143,14 @@ def pair(own: Validation, other: Validation, patients: Mapping[str, str], seed: 
     Returns:
         None where they share no case or no class that is defined.
     """
-    shared = [c for c in own.cases if c in set(other.cases)]
+    places = [{case: i for i, case in enumerate(v.cases)} for v in (own, other)]
+    shared = [c for c in own.cases if c in places[1]]
     classes = [k for k in own.classes if k in other.classes]
     if not shared or not classes:
         return None
     both = [
-        v.dice[np.ix_([v.cases.index(c) for c in shared], [v.classes.index(k) for k in classes])] for v in (own, other)
+        v.dice[np.ix_([place[c] for c in shared], [v.classes.index(k) for k in classes])]
+        for v, place in zip((own, other), places, strict=True)
     ]
     occurring = ~np.isnan(both[0]).all(0) & ~np.isnan(both[1]).all(0)
     if not occurring.any():
@@ -157,7 +159,8 @@ def pair(own: Validation, other: Validation, patients: Mapping[str, str], seed: 
     owners = sorted({patients[c] for c in shared})
     draws = bootstrap_draws(len(owners), BOOTSTRAP_DRAWS, seed)
     # every case of a patient is drawn with that patient
-    weights = draws[:, [owners.index(patients[c]) for c in shared]]
+    column = {patient: i for i, patient in enumerate(owners)}
+    weights = draws[:, [column[patients[c]] for c in shared]]
     whole = np.ones((1, len(shared)))
     value, other_value = (float(_weighted_mean(d, whole)[0]) for d in (mine, others))
     compared = compare(value, _weighted_mean(mine, weights), other_value, _weighted_mean(others, weights), len(owners))

@@ -782,6 +782,38 @@ def test_channels_photographs_and_ct(tmp_path: Path) -> None:
         picture_of(case, tmp_path / "p.nii.gz", look(channel_names=("T1", "T2", "FLAIR"), clipped=(None,) * 3))
 
 
+def test_the_page_says_how_each_channel_of_ct_and_another_is_shown(nnunet_folders: Path) -> None:
+    name = "Dataset012_PetCt"
+    write_phantoms(nnunet_folders / "raw" / name, num_cases=3, shape=(3, 40, 36), channel_names=("CT", "PET"))
+    write_selection_record(nnunet_folders, name=name)
+    intensities = {"0": {"percentile_00_5": 50.0, "percentile_99_5": 150.0}}
+    write_training(
+        nnunet_folders,
+        "MTLTrainer__nnUNetPlans__2d",
+        truths(nnunet_folders, name),
+        name=name,
+        foreground_intensity_properties_per_channel=intensities,
+    )
+    words = Page(report_training(12, "2d").page).text["cases"]
+    assert "what nnU-Net clips CT to, and of other channels 0.5 and 99.5" in words
+
+
+@pytest.mark.filterwarnings("ignore:Mean of empty slice")
+def test_where_nothing_is_to_be_found_and_nothing_was_found_there_is_no_dice(results: Path) -> None:
+    raw = results / "raw" / NAME / "labelsTr"
+    for file in raw.iterdir():
+        write_image(file, np.zeros((6, 40, 36), np.uint8), (2.0, 1.0, 1.0))
+    empty = {case: np.zeros_like(voxels) for case, voxels in truths(results).items()}
+    write_training(results, "MTLTrainer_5epochs__nnUNetPlans__2d", empty)
+    report = report_training(11, "2d", trainer="MTLTrainer_5epochs")
+    page = Page(report.page)
+    check_that_it_stands_alone_and_can_be_read_by_all(page)
+    assert page.verdict.startswith(
+        "MTLTrainer_5epochs has no validation Dice: neither the truth nor the prediction of 5 cases"
+    )
+    assert "nan" not in page.words.lower().split()
+
+
 def test_the_pictures_of_the_page_are_those(results: Path, make_dataset: Callable[..., Path]) -> None:
     report = report_training(11, "2d")
     page = Page(report.page)
