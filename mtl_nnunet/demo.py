@@ -107,6 +107,8 @@ def run_demo(folder: Path, overwrite: bool = False) -> dict[str, Any]:
         "predictions": ("predictions", predictions),
         "logs": ("output of every command", logs),
     }
+    # a page that could not be drawn is a warning in the training's log
+    written = {name: entry for name, entry in written.items() if entry[1].exists()}
     for what, path in written.values():
         print(f"  {what:<36} {path}")
     return {"dice": dice, "seconds": round(seconds), "files": {name: str(path) for name, (_, path) in written.items()}}

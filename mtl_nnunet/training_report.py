@@ -298,15 +298,24 @@ def _verdict(training: Training, label: str, compared: Sequence[tuple[str, Train
         if paired is None:
             continue
         gain, low, high = (100 * v for v in (paired.compared.gain, paired.compared.low, paired.compared.high))
-        against = f"{abs(gain):.2f} Dice points {'more' if gain > 0 else 'less'} than {name}"
+        against = (
+            f"{abs(gain):.2f} Dice points {'more' if gain > 0 else 'less'} than {name}"
+            if gain
+            else f"as much as {name}"
+        )
+        both = (
+            "That"
+            if paired.num_cases == len(validation.cases)
+            else f"On the {paired.num_cases} cases that both have, it"
+        )
         if math.isnan(low):
-            sentences.append(f"That is {against}, on too few patients for an interval.")
+            sentences.append(f"{both} is {against}, on too few patients for an interval.")
         elif paired.compared.is_undecided:
             sentences.append(
-                f"That is {against}, 95 % interval {low:+.2f} to {high:+.2f}: these cases cannot tell the two apart."
+                f"{both} is {against}, 95 % interval {low:+.2f} to {high:+.2f}: these cases cannot tell the two apart."
             )
         else:
-            sentences.append(f"That is {against}, 95 % interval {low:+.2f} to {high:+.2f}.")
+            sentences.append(f"{both} is {against}, 95 % interval {low:+.2f} to {high:+.2f}.")
     return " ".join(sentences)
 
 

@@ -466,6 +466,9 @@ def test_others_are_found_and_what_differs_is_said(results: Path) -> None:
     assert unfinished is None
     assert (scratch["num_cases"], scratch["num_patients"], scratch["better"]) == (5, 3, 5)
     assert stock["num_cases"] == 4
+    assert re.search(
+        r"On the 4 cases that both have, it is \d+\.\d\d Dice points more than nnUNetTrainer_5epochs", report.verdict
+    )
     said = " ".join(report.warnings)
     for words in (
         "MTLTrainerScratch_10epochs is not finished: 2 epochs so far",
@@ -481,6 +484,13 @@ def test_others_are_found_and_what_differs_is_said(results: Path) -> None:
     mine = report_training(11, "2d", against=["nnUNetTrainerDA5", "nnUNetTrainer__nnUNetPlans__3d_fullres"])
     assert [t["label"] for t in mine.content["trainings"]] == ["MTLTrainer", "nnUNetTrainerDA5", "nnUNetTrainer"]
     assert main(mine.content["command"].split()[1:]) == 0
+    write_training(
+        results,
+        "nnUNetTrainer_10epochs__nnUNetPlans__2d",
+        {c: eroded(t, 2 * i) for i, (c, t) in enumerate(known.items())},
+    )
+    same = report_training(11, "2d", against=["nnUNetTrainer_10epochs"])
+    assert "That is as much as nnUNetTrainer_10epochs" in same.verdict
     alone = report_training(11, "2d", against=[])
     assert alone.content["command"].endswith("-p nnUNetPlans -against")
     assert alone.content["differences"] == []
