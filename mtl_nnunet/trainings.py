@@ -213,6 +213,11 @@ def read_training(model: Path, fold: int | str) -> Training:
     if validation is not None and not finished:
         notes.append("The validation is of an earlier training in this folder and is not shown.")
         validation = None
+    if validation is not None and final.is_file() and summary.stat().st_mtime < final.stat().st_mtime:
+        notes.append(
+            f"The validation is older than {final.name}: if the fold was trained again since, it is of the training before, and nnUNetv2_train with "
+            "--val replaces it."
+        )
     if curves is None and validation is None:
         said = f": {notes[0]}" if notes else ": no epoch is finished yet."
         raise UserError(f"nothing can be shown of {folder}{said} Pass another fold, or train it.")

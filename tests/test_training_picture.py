@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import pickle
 import re
 import shutil
@@ -583,6 +584,17 @@ def test_an_unfinished_training_shows_its_curves(results: Path) -> None:
     logger = LocalLogger()
     assert pytest.approx(0.12) == 0.9 * 0.1 + 0.1 * 0.3
     assert set(logger.my_fantastic_logging) >= {"mean_fg_dice", "ema_fg_dice", "train_losses", "val_losses", "lrs"}
+
+
+def test_a_validation_from_before_the_training_ended_is_told(results: Path) -> None:
+    fold = results / "results" / NAME / "MTLTrainer__nnUNetPlans__2d" / "fold_0"
+    assert not read_training(fold.parent, 0).notes
+    written = (fold / "validation" / "summary.json").stat().st_mtime
+    # a fold that was trained again, and whose validation was killed
+    os.utime(fold / "checkpoint_final.pth", (written + 60, written + 60))
+    (note,) = read_training(fold.parent, 0).notes
+    assert "The validation is older than checkpoint_final.pth" in note
+    assert any(note in w for w in report_training(11, "2d").warnings)
 
 
 def test_missing_predictions_and_images_leave_the_rest(results: Path) -> None:
