@@ -11,8 +11,10 @@ from typing import Any
 
 import downstream
 import numpy as np
+import pandas as pd
 import pretrain
 import pytest
+import repeat
 import rivals
 import score
 import targets
@@ -238,3 +240,25 @@ def test_interrupted_and_asked_again_nothing_is_trained_twice(
         kept = list(csv.DictReader(file))
     assert len(kept) == 2 * len(find_checkpoints([run])), "nothing is trained twice"
     assert all(float(r["seconds"]) > 0 for r in kept)
+
+
+def test_a_repeat_is_held_against_the_first_by_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dice = {"a": ({"scratch": 0.5, "1": 0.6, "2": 0.7}, {"scratch": 0.5, "1": 0.8, "2": 0.7})}
+    dice["b"] = ({"scratch": 0.6, "1": 0.8, "2": 0.7}, {"scratch": 0.6, "1": 0.6, "2": 0.7})
+    for i, name in enumerate(("first.csv", "repeat.csv")):
+        rows = [
+            (target, "net", "" if epoch == "scratch" else "cosine", "free", epoch, 0, value)
+            for target, tables in dice.items()
+            for epoch, value in tables[i].items()
+        ]
+        columns = ["dataset", "encoder", "scheme", "state", "epoch", "seed", "dice"]
+        pd.DataFrame(rows, columns=columns).to_csv(tmp_path / name, index=False)
+    monkeypatch.setattr(sys, "argv", ["repeat.py", str(tmp_path / "first.csv"), str(tmp_path / "repeat.csv")])
+    repeat.main()
+    said = capsys.readouterr().out
+    # b loses 10 points by what was best before, and a, where that was the last epoch, nothing
+    assert "the best epoch of the first, in the repeat: 5.00 ± 5.00 below the last" in said
+    assert "first: scratch 15.00 ± 5.00, 1 0.00 ± 10.00, 2 0.00 ± 0.00" in said
+    assert "correlation beyond the common course: -1.00" in said
