@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from mtl_nnunet.errors import UserError, listed
-from mtl_nnunet.files import sha256
+from mtl_nnunet.files import read_json, sha256
 
 PLAIN_ENDINGS = (".nii.gz", ".nii", ".png", ".tif", ".tiff", ".bmp", ".jpg", ".jpeg")
 # nnU-Net's spacing for the missing axis of a 2D image
@@ -114,7 +114,7 @@ def find_dataset_folder(folder: str | Path, skip_bad_cases: bool = False) -> Dat
     description = dataset_description(folder)
     if not description.parent.is_dir():
         raise UserError(f"no such dataset folder: {description.parent}. Pass a folder with a dataset.json.")
-    content = _read_json(description, "the dataset.json of an nnU-Net raw dataset or of a Decathlon/MONAI datalist")
+    content = read_json(description, "the dataset.json of an nnU-Net raw dataset or of a Decathlon/MONAI datalist")
     if isinstance(content.get("training"), list):
         return find_image_folder(description, skip_bad_cases=skip_bad_cases)
     return _nnunet_dataset(description.parent.resolve(), skip_bad_cases)
@@ -422,7 +422,7 @@ def _of_number(raw: Path, number: int) -> list[Path]:
 
 
 def _nnunet_dataset(folder: Path, skip_bad_cases: bool) -> Dataset:
-    description = _read_json(folder / "dataset.json", "nnU-Net's description of the dataset")
+    description = read_json(folder / "dataset.json", "nnU-Net's description of the dataset")
     channels = description.get("channel_names", description.get("modality"))
     ending = description.get("file_ending")
     if not isinstance(channels, dict) or not channels or not isinstance(ending, str):
@@ -621,7 +621,7 @@ def _refuse_pages(file: Path) -> None:
 
 
 def _dataset_of_datalist(datalist: Path, channel_names: Sequence[str] | None, skip_bad_cases: bool) -> Dataset:
-    content = _read_json(datalist, "a Decathlon/MONAI datalist")
+    content = read_json(datalist, "a Decathlon/MONAI datalist")
     training = content.get("training")
     if not isinstance(training, list) or not all(_is_entry(e) for e in training):
         raise UserError(
@@ -736,18 +736,6 @@ def _require_two(cases: tuple[Case, ...], where: Path) -> None:
         raise UserError(
             f"{where} holds {len(cases)} case. At least two are needed to compare slices of different patients."
         )
-
-
-def _read_json(path: Path, what: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist. Expected {what}.") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}). Expected {what}.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, expected {what}.")
-    return content
 
 
 def _stem(name: str, endings: Sequence[str]) -> str:

@@ -54,8 +54,7 @@ def draw_ranking(ranking: Ranking, dataset: str) -> Figure:
     age, unit = _ages(rows)
     logged = [(a, _accuracy(r)) for a, r in zip(age, rows, strict=True)] if unit else []
     logged = [(a, accuracy) for a, accuracy in logged if accuracy is not None]
-    better = "higher" if ranking.score.higher_is_better else "lower"
-    name, direction = ranking.score.name, f"{ranking.score.name} ({better} is better)"
+    name, direction = ranking.score.name, f"{ranking.score.name} ({ranking.score.better} is better)"
     with _style():
         figure, (axes, *below) = _figure(2 if logged else 1, unit, rows)
         # of too few patients there are none
@@ -135,8 +134,7 @@ def draw_levels(ranking: Ranking) -> Figure | None:
                 place = ([1.0], [at], axes.get_yaxis_transform()) if unit else ([at], [1.0], axes.get_xaxis_transform())
                 edge = {"color": colour, "marker": marker, "fillstyle": "none", "clip_on": False, "linestyle": "none"}
                 axes.plot(*place[:2], transform=place[2], **edge)  # type: ignore[arg-type]
-        better = "higher" if ranking.score.higher_is_better else "lower"
-        (axes.set_ylabel if unit else axes.set_xlabel)(f"{ranking.score.name} ({better} is better)")
+        (axes.set_ylabel if unit else axes.set_xlabel)(f"{ranking.score.name} ({ranking.score.better} is better)")
         figure.suptitle("Dashed: random initialisation at the same level", fontsize=11)
         _finish(figure, axes, axes, unit)
     return figure

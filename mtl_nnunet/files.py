@@ -29,6 +29,27 @@ def to_json(content: Any) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Args:
+        path: Which.
+        what: What it should be, for the message.
+
+    Raises:
+        UserError: It is missing, cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist. Expected {what}.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}). Expected {what}.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, expected {what}.")
+    return content
+
+
 @contextmanager
 def written_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary file beside ``path`` that takes its name only once it is whole and on disk.

@@ -80,7 +80,8 @@ def write_report(
     ranking = rankings[0]
     orientations = _orientations(dataset, slices)
     warnings = [*warnings, *_turned_in_words(orientations)]
-    samples = sample_pictures(slices, ranking.score, dataset.channel_names, orientations, content["seed"])
+    ranges = shown_ranges(slices)
+    samples = sample_pictures(slices, ranking.score, dataset.channel_names, ranges, orientations, content["seed"])
     drawn = {
         "ranking": draw_ranking(ranking, dataset.name),
         "expected_loss": draw_expected_loss(ranking),
@@ -107,7 +108,7 @@ def write_report(
         others=list(zip(names_of(rankings[1:]), rankings[1:], strict=True)),
         figures=figures,
         samples=samples,
-        shown=shown_ranges(slices),
+        shown=ranges,
         in_colour=are_colours(dataset.channel_names),
         channels=_channels(dataset, slices),
         spacings=_ranges([c.spacing for c in slices.used]),

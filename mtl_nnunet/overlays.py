@@ -11,7 +11,17 @@ import numpy as np
 
 from mtl_nnunet.cases import Case, orientation, read_case, read_with_nnunet, refuse_endless_file
 from mtl_nnunet.errors import UserError
-from mtl_nnunet.pictures import CLASSES, MOST_CHANNELS, SHOWN_RANGE, Tile, are_colours, edges_of
+from mtl_nnunet.pictures import (
+    CLASSES,
+    SHOWN_RANGE,
+    Tile,
+    are_colours,
+    edges_of,
+    hexadecimal,
+    in_pixels,
+    in_three_channels,
+    with_some_width,
+)
 
 # pixels of a picture's longer side: smaller slices are enlarged, larger ones shrunk
 SHORTEST, LONGEST = 320, 480
@@ -204,7 +214,7 @@ def slice_to_show(truth: np.ndarray, prediction: np.ndarray, ignore_label: int |
 def class_colours(look: Look, labels: Collection[int]) -> list[tuple[str, str]]:
     """Names of the classes that labels are of, with their colours in hexadecimal; of more than eight classes, some share one."""
     return [
-        (name, _hexadecimal(CLASSES[i % len(CLASSES)]))
+        (name, hexadecimal(CLASSES[i % len(CLASSES)]))
         for i, (name, values) in enumerate(look.classes)
         if not set(values).isdisjoint(labels)
     ]
@@ -217,11 +227,7 @@ def difference_colours(look: Look) -> list[tuple[str, str]]:
         found.append(("wrong class", CONFUSED))
     if look.ignore_label is not None:
         found.append(("not annotated", IGNORED))
-    return [(name, _hexadecimal(colour)) for name, colour in found]
-
-
-def _hexadecimal(colour: tuple[int, int, int]) -> str:
-    return "#{:02x}{:02x}{:02x}".format(*colour)
+    return [(name, hexadecimal(colour)) for name, colour in found]
 
 
 def _tiles(
@@ -233,12 +239,7 @@ def _tiles(
     edges: str,
     look: Look,
 ) -> tuple[tuple[tuple[Tile, ...], ...], bool]:
-    grey = [
-        (np.clip((c - low) / (high - low), 0, 1) * 255).round().astype(np.uint8)
-        for c, (low, high) in zip(channels, ranges, strict=True)
-    ]
-    in_colour = are_colours(look.channel_names)
-    shown = [np.stack(grey, -1)] if in_colour else grey[:MOST_CHANNELS]
+    shown = in_pixels(channels, ranges, are_colours(look.channel_names))
     marked = [labels * (labels != look.ignore_label) > 0 for labels in (truth, prediction)]
     part = close_up(marked[0] | marked[1], spacing)
     frame = None
@@ -256,8 +257,7 @@ def _tiles(
         for i, (name, pixels) in enumerate(zip(names, shown, strict=True))
     )
     cut = part or (slice(None), slice(None))
-    ground = _scaled(shown[0][cut], spacing)
-    ground = ground if ground.ndim == 3 else np.repeat(ground[..., None], 3, axis=2)
+    ground = in_three_channels(_scaled(shown[0][cut], spacing))
     true, predicted = (_resized(labels[cut].astype(np.int32), ground.shape[:2]) for labels in (truth, prediction))
     overlaid = (
         Tile("truth", _outlined(ground, true, look)),
@@ -311,11 +311,10 @@ def _ranges(voxels: np.ndarray, look: Look) -> list[tuple[float, float]]:
     if are_colours(look.channel_names):
         # a photograph as it is: a range of its own for each channel or picture would change its colours
         return [(0.0, next((top for top in (1.0, 255.0) if voxels.max() <= top), float(voxels.max())))] * len(voxels)
-    found = []
-    for channel, clipped in zip(voxels, look.clipped, strict=True):
-        low, high = clipped or (float(v) for v in np.percentile(channel, SHOWN_RANGE))
-        found.append((low, high if high > low else low + 1))
-    return found
+    return [
+        with_some_width(*(clipped or np.percentile(channel, SHOWN_RANGE)))
+        for channel, clipped in zip(voxels, look.clipped, strict=True)
+    ]
 
 
 def _scaled(pixels: np.ndarray, spacing: tuple[float, float]) -> np.ndarray:

@@ -64,7 +64,12 @@ class Sample:
 
 
 def sample_pictures(
-    slices: Slices, score: Score, channel_names: Sequence[str], orientations: Mapping[str, str | None], seed: int
+    slices: Slices,
+    score: Score,
+    channel_names: Sequence[str],
+    ranges: Sequence[tuple[float, float]],
+    orientations: Mapping[str, str | None],
+    seed: int,
 ) -> list[Sample]:
     """A few slices of different cases and the views of them that a score reads.
 
@@ -72,6 +77,7 @@ def sample_pictures(
         slices: Of which.
         score: Whose views.
         channel_names: Of the dataset.
+        ranges: Of each channel, as ``shown_ranges`` says.
         orientations: Of each case, as ``mtl_nnunet.cases.orientation`` says.
         seed: Seed of the run, by which the views are those that were scored.
     """
@@ -82,7 +88,6 @@ def sample_pictures(
         if num_views
         else None
     )
-    ranges = shown_ranges(slices)
     used = {c.name: c for c in slices.used}
     samples = []
     for k, (place, why) in enumerate(places.items()):
@@ -142,11 +147,17 @@ def are_colours(channel_names: Sequence[str]) -> bool:
 
 def shown_ranges(slices: Slices) -> list[tuple[float, float]]:
     """What is black and what is white, the same in every picture of a channel."""
-    found = []
-    for values in values_looked_at(slices):
-        low, high = (float(v) for v in np.percentile(values, SHOWN_RANGE))
-        found.append((low, high if high > low else low + 1))
-    return found
+    return [with_some_width(*np.percentile(values, SHOWN_RANGE)) for values in values_looked_at(slices)]
+
+
+def with_some_width(low: float, high: float) -> tuple[float, float]:
+    """A range from black to white, also where all values are one.
+
+    Examples:
+        >>> with_some_width(0, 3), with_some_width(2, 2)
+        ((0.0, 3.0), (2.0, 3.0))
+    """
+    return float(low), float(high if high > low else low + 1)
 
 
 def values_looked_at(slices: Slices) -> list[np.ndarray]:
@@ -156,15 +167,40 @@ def values_looked_at(slices: Slices) -> list[np.ndarray]:
     return [images[:, c, ::step, ::step].ravel() for c in range(images.shape[1])]
 
 
-def _tiles(what: str, image: np.ndarray, ranges: Sequence[tuple[float, float]], in_colour: bool) -> list[Tile]:
+def in_pixels(image: np.ndarray, ranges: Sequence[tuple[float, float]], in_colour: bool) -> list[np.ndarray]:
+    """An image (C, H, W) as uint8: a photograph as one (H, W, 3), else the first channels, each (H, W).
+
+    Args:
+        image: Values.
+        ranges: What is black and what is white in each channel.
+        in_colour: As ``are_colours`` says.
+    """
     grey = [
         (np.clip((channel - low) / (high - low), 0, 1) * 255).round().astype(np.uint8)
         for channel, (low, high) in zip(image, ranges, strict=True)
     ]
-    if in_colour:
-        return [Tile(what, _fitted(np.stack(grey, axis=-1)))]
-    shown = grey[:MOST_CHANNELS]
-    return [Tile(what if len(grey) == 1 else f"{what}, channel {c}", _fitted(g)) for c, g in enumerate(shown)]
+    return [np.stack(grey, axis=-1)] if in_colour else grey[:MOST_CHANNELS]
+
+
+def in_three_channels(pixels: np.ndarray) -> np.ndarray:
+    """Pixels (H, W) or (H, W, 3) as (H, W, 3), for colours to be laid on."""
+    return pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=2)
+
+
+def hexadecimal(colour: tuple[int, int, int]) -> str:
+    """A colour as figures and pages name it.
+
+    Examples:
+        >>> hexadecimal((242, 177, 52))
+        '#f2b134'
+    """
+    return "#{:02x}{:02x}{:02x}".format(*colour)
+
+
+def _tiles(what: str, image: np.ndarray, ranges: Sequence[tuple[float, float]], in_colour: bool) -> list[Tile]:
+    shown = in_pixels(image, ranges, in_colour)
+    alone = in_colour or len(image) == 1
+    return [Tile(what if alone else f"{what}, channel {c}", _fitted(p)) for c, p in enumerate(shown)]
 
 
 def _labelled(tile: Tile, labels: np.ndarray) -> Tile:
@@ -175,7 +211,7 @@ def _labelled(tile: Tile, labels: np.ndarray) -> Tile:
     for value in np.unique(labels[labels > 0]):
         colours[labels == value] = CLASSES[(int(value) - 1) % len(CLASSES)]
     small = np.asarray(Image.fromarray(colours).resize((width, height), Image.Resampling.NEAREST))
-    ground = tile.pixels if tile.pixels.ndim == 3 else np.repeat(tile.pixels[..., None], 3, axis=2)
+    ground = in_three_channels(tile.pixels)
     mixed = np.where(small.any(-1, keepdims=True), 0.5 * ground + 0.5 * small, ground)
     return replace(
         tile, caption=tile.caption.replace("slice", "slice and label", 1), pixels=mixed.round().astype(np.uint8)

@@ -81,6 +81,20 @@ def resolved_configuration(plans: dict[str, Any], configuration: str) -> Any:
     return PlansManager(deepcopy(plans)).get_configuration(configuration)
 
 
+def dataset_name_of(dataset: int | str) -> str:
+    """nnU-Net's name of a dataset that is named by its number or name, as for nnU-Net's ``-d``.
+
+    Raises:
+        UserError: nnU-Net finds no such dataset, or several.
+    """
+    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+
+    try:
+        return str(maybe_convert_to_dataset_name(dataset))
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise UserError(f"no dataset {dataset}: {error}") from error
+
+
 def preprocessed_folder(dataset_name: str) -> Path:
     """nnU-Net's folder of a dataset's preprocessed data and plans.
 

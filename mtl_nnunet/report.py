@@ -15,6 +15,7 @@ from mtl_nnunet.cases import Dataset, table_of_patients_left_unread
 from mtl_nnunet.chooser import Choice
 from mtl_nnunet.drawing import matplotlib_defaults
 from mtl_nnunet.errors import listed
+from mtl_nnunet.pictures import CLASSES, hexadecimal
 from mtl_nnunet.ranking import RankedCheckpoint, Ranking
 from mtl_nnunet.slices import Slices
 
@@ -58,7 +59,6 @@ def ranking_table(rankings: Sequence[Ranking]) -> str:
 
 def ranking_text(ranking: Ranking) -> str:
     """The ranking as a table for a terminal, best score first, the yardsticks marked."""
-    direction = "higher" if ranking.score.higher_is_better else "lower"
     width = max(8, *(len(r.label) for r in ranking.checkpoints))
     told = ranking.expectation
     losses = {} if told is None else dict(zip((r.label for r in ranking.checkpoints), _losses(told), strict=True))
@@ -78,7 +78,7 @@ def ranking_text(ranking: Ranking) -> str:
             f"{f'{losses.get(row.label, str()):>{loss_width}}  ' if losses else ''}{', '.join(notes_of(ranking, row))}".rstrip()
         )
     lines.append(
-        f"score {ranking.score.text}: {direction} is better; intervals by bootstrap over patients; rule: {ranking.rule.text}."
+        f"score {ranking.score.text}: {ranking.score.better} is better; intervals by bootstrap over patients; rule: {ranking.rule.text}."
     )
     if told is not None:
         lines.append(f"{told.text}.")
@@ -357,8 +357,8 @@ def draw_predictions(
     from matplotlib.patches import Patch
 
     with matplotlib_defaults():
-        colours = ["#f2b134", "#2f7fc1", "#c8472b", "#4c9f70", "#8d5fb0"]
-        palette = ListedColormap(["#00000000", *(colours[i % len(colours)] for i in range(len(class_names)))])
+        colours = [hexadecimal(CLASSES[i % len(CLASSES)]) for i in range(len(class_names))]
+        palette = ListedColormap(["#00000000", *colours])
         figure = Figure(figsize=(7.5, 2.5 * len(rows) + 0.8), layout="constrained")
         FigureCanvasAgg(figure)
         grid = figure.subplots(len(rows), 3, squeeze=False)

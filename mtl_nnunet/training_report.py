@@ -25,7 +25,7 @@ from mtl_nnunet.files import files_written_together, write_text
 from mtl_nnunet.overlays import CasePicture, Look, class_colours, difference_colours, look_of, picture_of
 from mtl_nnunet.page import figure_in_page, page_text
 from mtl_nnunet.pictures import MOST_CHANNELS, are_colours
-from mtl_nnunet.plans import RECIPE_KEY, preprocessed_folder
+from mtl_nnunet.plans import RECIPE_KEY, dataset_name_of, preprocessed_folder
 from mtl_nnunet.selection import DEFAULT_FOLDER, REPORT_FILE, selected_sha256
 from mtl_nnunet.trainings import YARDSTICKS, Training, find_model, find_named, find_others, labels_of, read_training
 from mtl_nnunet.validation import Paired, cases_to_look_at, class_names, pair
@@ -102,7 +102,7 @@ def report_training(
         UserError: No such training, nothing of it that could be shown, a selection folder that is gone or holds another selection, or a table
             that does not fit.
     """
-    name = _dataset_name(dataset)
+    name = dataset_name_of(dataset)
     training = read_training(find_model(name, trainer, plans, configuration), fold)
     folder = _folder_of_selection(training) if output is None else Path(output)
     if output is not None and selected_sha256(folder) is not None:
@@ -185,15 +185,6 @@ def command_of(
     for option, value in (("-o", output), ("-patients", patients)):
         words += [] if value is None else [option, str(value)]
     return shlex.join([*words, *([] if against is None else ["-against", *against])])
-
-
-def _dataset_name(dataset: int | str) -> str:
-    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
-
-    try:
-        return str(maybe_convert_to_dataset_name(int(dataset) if str(dataset).isdecimal() else dataset))
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise UserError(f"no dataset {dataset}: {error}") from error
 
 
 def _folder_of_selection(training: Training) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable
@@ -15,6 +14,7 @@ import numpy as np
 
 from mtl_nnunet.checkpoints.file import read_pickle
 from mtl_nnunet.errors import UserError, listed
+from mtl_nnunet.files import read_json
 from mtl_nnunet.plans import ITERATIONS_KEY, RECORD_KEY, resolved_configuration
 from mtl_nnunet.validation import Validation, read_validation
 
@@ -194,7 +194,9 @@ def read_training(model: Path, fold: int | str) -> Training:
         raise UserError(
             f"{model} has no fold {fold}: {f'it has {listed(there)}' if there else 'no fold was begun'}. Pass one of them with -f, or train it."
         )
-    plans, dataset = (_read_description(model / name) for name in ("plans.json", "dataset.json"))
+    plans, dataset = (
+        read_json(model / name, "what nnU-Net wrote beside the model") for name in ("plans.json", "dataset.json")
+    )
     curves, record, notes = _read_curves(folder)
     if record:
         # of this fold: plans.json is of the one that was begun last
@@ -328,16 +330,6 @@ def _plans_used(training: Training, trainer: str, configuration: str) -> str:
 
 def _was_begun(folder: Path) -> bool:
     return any((folder / name).is_file() for name in CHECKPOINTS) or any(folder.glob(LOGS))
-
-
-def _read_description(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({error}). Expected what nnU-Net wrote beside the model.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} holds a {type(content).__name__}, expected what nnU-Net wrote beside the model.")
-    return content
 
 
 def _read_curves(folder: Path) -> tuple[Curves | None, dict[str, Any] | None, list[str]]:

@@ -130,15 +130,10 @@ def trainers_folder() -> Path:
 
 def make_plans(args: argparse.Namespace) -> dict[str, Any]:
     """Write plans of another name that start from a selection."""
-    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
-
-    from mtl_nnunet.plans import resolved_configuration, write_plans
+    from mtl_nnunet.plans import dataset_name_of, resolved_configuration, write_plans
     from mtl_nnunet.recipe import read_recipe
 
-    try:
-        name = maybe_convert_to_dataset_name(args.d)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"no dataset {args.d}: {error}") from error
+    name = dataset_name_of(args.d)
     memory: list[dict[str, Any]] = []
     sizes = None if args.gpu_memory_target is None else partial(sized_batches, args.p, args.gpu_memory_target, memory)
     recipe = None if args.recipe is None else read_recipe(args.recipe, "-recipe")

@@ -89,6 +89,11 @@ class Score:
     choices: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
+    def better(self) -> str:
+        """Which values are better: ``higher`` or ``lower``."""
+        return "higher" if self.higher_is_better else "lower"
+
+    @property
     def level(self) -> int | str:
         """Which feature map: 1 is the shallowest, negative counts from the deepest; or ``all``."""
         level: int | str = self.parameters["level"]
