@@ -262,7 +262,7 @@ def test_exports_compute_what_the_network_computes(trained: Trained) -> None:
         assert scripted(torch.rand(2, 1, 96, 128)).shape == (2, 3, 96, 128)
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(trained.bundle / "models" / "model.onnx")
+    session = onnxruntime.InferenceSession(trained.bundle / "models" / "model.onnx", providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
     assert np.allclose(found, expected.numpy(), atol=1e-4)
 
