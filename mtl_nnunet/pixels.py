@@ -62,7 +62,7 @@ def sample_pixels(slices: Slices, labelled: bool, seed: int, num_pixels: int = N
                 f"the {n} slices hold only class {classes}, so scores with labels have nothing to tell apart. "
                 "Raise -num_slices, or check the labels."
             )
-        boundary = np.stack([_boundary(plane) for plane in labels])
+        boundary = np.stack([borders(plane) for plane in labels])
     else:
         labels, classes = np.zeros((n, height, width), dtype=np.int16), [0]
         boundary = np.zeros(labels.shape, dtype=bool)
@@ -86,7 +86,13 @@ def sample_pixels(slices: Slices, labelled: bool, seed: int, num_pixels: int = N
     return Pixels(where[0], where[1], where[2], labels[tuple(where)].astype(np.int64), slices.patients[where[0]])
 
 
-def _boundary(plane: np.ndarray) -> np.ndarray:
+def borders(plane: np.ndarray) -> np.ndarray:
+    """Where a class borders on another, on both sides, shape (H, W).
+
+    Examples:
+        >>> borders(np.array([[0, 0, 0, 1, 1, 1]]))
+        array([[False, False,  True,  True, False, False]])
+    """
     # beyond what counts there is no boundary that an annotator drew
     counted = plane >= 0
     highest = ndimage.maximum_filter(np.where(counted, plane, -1), 3)

@@ -6,10 +6,12 @@ import csv
 import io
 import sys
 import tarfile
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import downstream
+import networkx as nx
 import numpy as np
 import pandas as pd
 import pretrain
@@ -17,6 +19,7 @@ import pytest
 import repeat
 import rivals
 import score
+import spanning_tree
 import targets
 import torch
 from PIL import Image
@@ -155,7 +158,7 @@ def test_what_is_not_finite_is_no_score(
     monkeypatch.setattr(score, "scores_to_try", lambda: [("broken", Broken())])
     monkeypatch.setattr(score, "target_seen", lambda *_: type("Seen", (), {"input_channels": 1}))
     monkeypatch.setattr(score, "embed", lambda *_: type("Features", (), {"patients": np.arange(3)}))
-    assert score.values_of(tmp_path, "test_resnet", None, ("broken",), None, 0, "cpu") == [
+    assert score.values_of(tmp_path, "test_resnet", None, ("broken",), None, 0, score.EVERYWHERE, "cpu") == [
         ("broken:level=-2", 0.5, True)
     ]
 
@@ -245,20 +248,81 @@ def test_interrupted_and_asked_again_nothing_is_trained_twice(
 def test_a_repeat_is_held_against_the_first_by_hand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    dice = {"a": ({"scratch": 0.5, "1": 0.6, "2": 0.7}, {"scratch": 0.5, "1": 0.8, "2": 0.7})}
-    dice["b"] = ({"scratch": 0.6, "1": 0.8, "2": 0.7}, {"scratch": 0.6, "1": 0.6, "2": 0.7})
-    for i, name in enumerate(("first.csv", "repeat.csv")):
-        rows = [
-            (target, "net", "" if epoch == "scratch" else "cosine", "free", epoch, 0, value)
-            for target, tables in dice.items()
-            for epoch, value in tables[i].items()
-        ]
-        columns = ["dataset", "encoder", "scheme", "state", "epoch", "seed", "dice"]
-        pd.DataFrame(rows, columns=columns).to_csv(tmp_path / name, index=False)
-    monkeypatch.setattr(sys, "argv", ["repeat.py", str(tmp_path / "first.csv"), str(tmp_path / "repeat.csv")])
+    dice = {"a": ({"1": 0.6, "2": 0.7}, {"1": 0.8, "2": 0.7}), "b": ({"1": 0.8, "2": 0.7}, {"1": 0.6, "2": 0.7})}
+    scratch = {"a": 0.5, "b": 0.6}
+    rows = [(d, "net", "", "", "free", "scratch", s, scratch[d]) for d in dice for s in (0, 1)]
+    scored = []
+    for d, tables in dice.items():
+        for i, by_epoch in enumerate(tables):
+            run = f"net-cosine-{i}"
+            for epoch, value in by_epoch.items():
+                # an easier seed lifts all alike
+                rows += [(d, "net", "cosine", run, "free", epoch, s, value + s / 10) for s in (0, 1)]
+                scored += [
+                    (d, "net", "cosine", run, epoch, "early", -int(epoch), 1),
+                    (d, "net", "cosine", run, epoch, "dice", value, 1),
+                ]
+    columns = ["dataset", "encoder", "scheme", "run"]
+    table, scores = tmp_path / "table.csv", tmp_path / "scores.csv"
+    pd.DataFrame(rows, columns=[*columns, "state", "epoch", "seed", "dice"]).to_csv(table, index=False)
+    pd.DataFrame(scored, columns=[*columns, "epoch", "score", "value", "higher_is_better"]).to_csv(scores, index=False)
+    monkeypatch.setattr(sys, "argv", ["repeat.py", str(table), str(scores)])
     repeat.main()
     said = capsys.readouterr().out
+    assert "2 curves, encoder free, training seeds 0, 1" in said
     # b loses 10 points by what was best before, and a, where that was the last epoch, nothing
     assert "the best epoch of the first, in the repeat: 5.00 ± 5.00 below the last" in said
-    assert "first: scratch 15.00 ± 5.00, 1 0.00 ± 10.00, 2 0.00 ± 0.00" in said
-    assert "correlation beyond the common course: -1.00" in said
+    assert "first: scratch 20.00 ± 5.00, 1 0.00 ± 10.00, 2 0.00 ± 0.00" in said
+    assert "of the same run 1.00, of a run with its repeat -1.00" in said
+    # always early gains 10 points on b and loses them on a; by Dice itself the best is always taken
+    assert "best in the first: dice, 5.00 ± 5.00 over the last epoch there, 5.00 ± 5.00 in the repeat" in said
+    assert "scores ahead of the last epoch: 1 in the first, 1 in the repeat, 1 in both" in said
+
+
+def test_the_tree_is_that_of_another_library() -> None:
+    rng = np.random.default_rng(0)
+    x, labels, patients = rng.normal(size=(60, 3)), rng.integers(0, 3, 60), rng.integers(0, 4, 60)
+    graph = nx.Graph()
+    for i, j in combinations(range(60), 2):
+        if patients[i] != patients[j]:
+            graph.add_edge(i, j, weight=float(np.linalg.norm(x[i] - x[j])), same=labels[i] == labels[j])
+    edges = nx.minimum_spanning_tree(graph).edges(data="same")
+    assert len(edges) == 59
+    share = np.mean([same for *_, same in edges])
+    by_chance = np.mean([same for *_, same in graph.edges(data="same")])
+    ours = spanning_tree.tree(torch.from_numpy(x), labels, patients)
+    assert ours == pytest.approx((share - by_chance) / (1 - by_chance))
+
+
+def test_equal_features_have_a_tree_too() -> None:
+    x, labels, patients = torch.zeros(6, 2), np.array([0, 1, 0, 1, 0, 1]), np.array([0, 0, 1, 1, 2, 2])
+    assert -1 <= spanning_tree.tree(x, labels, patients) <= 1
+
+
+def test_pixels_of_boundaries_have_another_class_beside_them(target: targets.Target) -> None:
+    labels = target.labels[:3].to(torch.int16)
+    kept = score.only_borders(labels)
+    assert set(kept.unique().tolist()) == {-1, 0, 1}
+    for plane, row, column in torch.nonzero(kept >= 0).tolist():
+        around = labels[plane, max(row - 1, 0) : row + 2, max(column - 1, 0) : column + 2]
+        assert len(around.unique()) > 1
+        assert kept[plane, row, column] == labels[plane, row, column]
+    # a square of 24 x 24: 92 pixels within, 100 around
+    assert int((kept[0] == 1).sum()) == 92
+    assert int((kept[0] == 0).sum()) == 100
+
+
+def test_scores_of_boundaries_say_so(
+    target: targets.Target, tmp_path: Path, demo_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score.target_seen.cache_clear()
+    monkeypatch.setattr(score, "read", lambda file: target)
+    checkpoint = find_checkpoints([demo_run])[-1]
+    found = {
+        where: score.values_of(tmp_path, "test_resnet", checkpoint, ("tree", "ccfv"), None, 0, where, "cpu")
+        for where in (score.EVERYWHERE, score.BOUNDARY)
+    }
+    names = [{name for name, *_ in values} for values in found.values()]
+    assert {"tree:level=all", "ccfv:level=-1"} <= names[0]
+    assert {"tree:pixels=boundary,level=all", "ccfv:pixels=boundary,level=-1"} <= names[1]
+    assert not names[0] & names[1]

@@ -2,9 +2,11 @@
 
 The scorer sees what ``targets.py`` fixes: slices of the pool, with their labels for the scores that read them, and no test
 patient. Levels are counted from the deepest, so that encoders of four and five levels can be compared. Rows that the table
-has already are not computed again.
+has already are not computed again. With ``-pixels boundary`` scores that read labels see those pixels only where classes border on
+each other.
 
     python benchmarks/evidence/score.py -raw nnUNet_raw -runs runs/* -work work -o scores.csv -num_proc 2
+    python benchmarks/evidence/score.py ... -o boundary.csv -pixels boundary
 """
 
 from __future__ import annotations
@@ -13,14 +15,17 @@ import argparse
 import csv
 import io
 import time
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
+import spanning_tree
 import torch
 from downstream import add_common_options, made_with, opened, scheme_of
 from joblib import Parallel, delayed
 from targets import Target, prepared, read
+from torch import Tensor
 
 from mtl_nnunet.checkpoints import Checkpoint, find_checkpoints, read_contents
 from mtl_nnunet.curves import RANDOM
@@ -28,6 +33,7 @@ from mtl_nnunet.embedding import Target as Seen
 from mtl_nnunet.embedding import embed, make_target
 from mtl_nnunet.encoder import random_encoder
 from mtl_nnunet.errors import NoScoreError
+from mtl_nnunet.pixels import borders
 from mtl_nnunet.scores import SCORES, Score, parse_score
 from mtl_nnunet.slices import Slices
 
@@ -55,6 +61,14 @@ VARIANTS = {
     "dse": ["part=separability", "part=rank"],
     "dse_labels": ["part=separability"],
 }
+TREE = replace(
+    SCORES["ccfv"],
+    name="tree",
+    prepare=spanning_tree.statistic,
+    joins_levels=True,
+    parameters={"level": "all", "pooled": False},
+)
+EVERYWHERE, BOUNDARY = "all", "boundary"
 
 
 def main() -> None:
@@ -66,8 +80,9 @@ def main() -> None:
     parser.add_argument(
         "-score", nargs="+", metavar="NAME", help="some of the scores, as the table names them without a level"
     )
+    parser.add_argument("-pixels", choices=(EVERYWHERE, BOUNDARY), default=EVERYWHERE, help="which have labels")
     args = parser.parse_args()
-    names = tuple(args.score or [name for name, _ in scores_to_try()])
+    names = tuple(args.score or [n for n, s in scores_to_try() if s.labels or args.pixels == EVERYWHERE])
     files = {name: prepared(name, args.raw, args.work) for name in args.d}
     cases = "all" if args.num_cases is None else str(args.num_cases)
     file, done = opened(args.o, COLUMNS, ("dataset", "run", "epoch", "num_cases", "draw"))
@@ -87,7 +102,8 @@ def main() -> None:
     version = made_with()
     started = time.monotonic()
     results = Parallel(n_jobs=args.num_proc, batch_size=1, return_as="generator")(
-        delayed(values_of)(files[d], encoders[f], c, names, args.num_cases, args.draw, args.device) for d, f, c in jobs
+        delayed(values_of)(files[d], encoders[f], c, names, args.num_cases, args.draw, args.pixels, args.device)
+        for d, f, c in jobs
     )
     with file:
         for i, ((dataset, folder, checkpoint), values) in enumerate(zip(jobs, results, strict=True), start=1):
@@ -105,7 +121,7 @@ def main() -> None:
 
 def scores_to_try() -> list[tuple[str, Score]]:
     """Names and scores; each is computed at all levels at once, which gives its value at every one of them."""
-    tried = []
+    tried = [("tree", TREE)]
     for name, score in SCORES.items():
         tried += [(f"{name}", parse_score(f"{name}:level=all"))]
         tried += [(f"{name}:{v}", parse_score(f"{name}:level=all,{v}")) for v in VARIANTS.get(name, [])]
@@ -132,12 +148,13 @@ def values_of(
     names: tuple[str, ...],
     num_cases: int | None,
     draw: int,
+    where: str,
     device: str,
 ) -> list[tuple[str, float, bool]]:
     """Scores of one checkpoint, None for random weights, at every level and at all of them."""
     if device == "cpu":
         torch.set_num_threads(1)
-    seen, scores = target_seen(file, names, num_cases, draw), chosen_scores(names)
+    seen, scores = target_seen(file, names, num_cases, draw, where), chosen_scores(names)
     encoder = random_encoder(encoder_name, seen.input_channels, draw)
     if checkpoint is not None:
         encoder.load_weights(read_contents(checkpoint.path).weights, str(checkpoint.path))
@@ -149,7 +166,8 @@ def values_of(
             statistic, by_level = score.statistic(features)
         except NoScoreError:
             continue
-        start = f"{name}{',' if ':' in name else ':'}level="
+        place = "" if where == EVERYWHERE else f"pixels={where},"
+        start = f"{name}{',' if ':' in name else ':'}{place}level="
         values.append((f"{start}all", float(statistic(everyone)[0]), score.higher_is_better))
         values += [
             (f"{start}{level - max(by_level) - 1}", value, score.higher_is_better) for level, value in by_level.items()
@@ -159,9 +177,17 @@ def values_of(
 
 
 @cache
-def target_seen(file: Path, names: tuple[str, ...], num_cases: int | None, draw: int) -> Seen:
+def target_seen(file: Path, names: tuple[str, ...], num_cases: int | None, draw: int, where: str) -> Seen:
     """Views and pixels of the slices that the scorer sees, the same for all checkpoints."""
-    return make_target(pool_slices(read(file), num_cases, draw), [s for _, s in chosen_scores(names)], draw)
+    slices = pool_slices(read(file), num_cases, draw)
+    if where == BOUNDARY:
+        slices = replace(slices, labels=only_borders(slices.labels))
+    return make_target(slices, [s for _, s in chosen_scores(names)], draw)
+
+
+def only_borders(labels: Tensor) -> Tensor:
+    """Labels (N, H, W) where classes meet, -1 everywhere else."""
+    return torch.stack([torch.where(torch.from_numpy(borders(plane.numpy())), plane, -1) for plane in labels])
 
 
 def pool_slices(target: Target, num_cases: int | None, draw: int) -> Slices:
