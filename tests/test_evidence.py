@@ -6,10 +6,11 @@ import csv
 import io
 import sys
 import tarfile
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
+import across_runs
 import downstream
 import networkx as nx
 import numpy as np
@@ -326,3 +327,34 @@ def test_scores_of_boundaries_say_so(
     assert {"tree:level=all", "ccfv:level=-1"} <= names[0]
     assert {"tree:pixels=boundary,level=all", "ccfv:pixels=boundary,level=-1"} <= names[1]
     assert not names[0] & names[1]
+
+
+def test_networks_are_chosen_by_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # on both targets net b is best in the first pretraining, and net c in the second
+    dice = {"0": {"a": 0.5, "b": 0.7, "c": 0.6}, "1": {"a": 0.5, "b": 0.6, "c": 0.8}}
+    # a score that follows the Dice, but for what the architecture adds to it
+    offset = {"a": 9.0, "b": 0.0, "c": 3.0}
+    rows, scored = [], []
+    for pretraining, by_net in dice.items():
+        for target_name, (net, value) in product(("x", "y"), by_net.items()):
+            known = (target_name, net, "cosine", f"{net}-cosine-{pretraining}")
+            rows += [(*known, "free", 16, 0, value, value), (*known, "free", 8, 0, 1 - value, value)]
+            scored += [(*known, "16", "s:level=-1", offset[net] + value, 1)]
+            scored += [(*known, "random", "s:level=-1", offset[net], 1)]
+    columns = ["dataset", "encoder", "scheme", "run"]
+    table, scores = tmp_path / "table.csv", tmp_path / "scores.csv"
+    pd.DataFrame(rows, columns=[*columns, "state", "epoch", "seed", "dice", "accuracy"]).to_csv(table, index=False)
+    pd.DataFrame(scored, columns=[*columns, "epoch", "score", "value", "higher_is_better"]).to_csv(scores, index=False)
+    monkeypatch.setattr(across_runs, "SHOWN", ("s:level=-1",))
+    monkeypatch.setattr(sys, "argv", ["across_runs.py", str(table), str(scores)])
+    across_runs.main()
+    first, second = capsys.readouterr().out.split("pretraining seed 1")
+    assert "| `s:level=-1` | 20.00 [20.00, 20.00] |" in first
+    assert "| `s:level=-1 less random weights` | 0.00 [0.00, 0.00] |" in first
+    assert "| any run | 10.00 [10.00, 10.00] |" in first
+    assert "1 of 2 variants lose less than any run does" in first
+    assert "| `s:level=-1` | 30.00 [30.00, 30.00] |" in second
+    assert "that were best on all targets there | 20.00 [20.00, 20.00] |" in second
+    assert "| the score that was best there: `s:level=-1 less random weights` | 0.00 [0.00, 0.00] |" in second

@@ -1,9 +1,10 @@
 """Which network or recipe to start from: the last checkpoints of several runs, chosen among by a score.
 
-For each state and target the candidates are the ends of all runs; what is lost is Dice against the best of them, means over seeds.
-A score chooses by its value alone, as ``-rule best`` does among published weights, so its values have to be comparable between networks.
-Beside it: any candidate, the one that is best on the other targets, the best logged accuracy, and the score that loses least
-on the other targets. Intervals resample targets.
+For each state and target the candidates are the ends of the runs of one pretraining seed; what is lost is Dice against the best of
+them, means over training seeds. A score chooses by its value alone, as ``-rule best`` does among published weights, so its values have
+to be comparable between networks; each is tried too less its value on random weights of the network. Beside it: any candidate, the one
+that is best on the other targets, the best logged accuracy, and the score that loses least on the other targets. Of a second pretraining
+seed also the score and the network that were best in the first. Intervals resample targets.
 
     python benchmarks/evidence/across_runs.py balanced.csv scores.csv.gz
 """
@@ -15,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from repeat import FIRST, seed_of
 
-from mtl_nnunet.curves import SCRATCH
+from mtl_nnunet.curves import RANDOM, SCRATCH
 
 DRAWS = 10_000
 # each at the level that it has where none is named
@@ -30,51 +32,98 @@ SHOWN = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("downstream", type=Path)
-    parser.add_argument("scores", type=Path)
+    parser.add_argument("scores", type=Path, nargs="+")
     args = parser.parse_args()
     downstream = pd.read_csv(args.downstream)
     downstream = downstream[downstream["epoch"] != SCRATCH].astype({"epoch": int})
     last = downstream[downstream["epoch"] == downstream["epoch"].max()]
-    scores = pd.read_csv(args.scores)
-    scores = scores[scores["epoch"].astype(str) == str(last["epoch"].iloc[0])]
-    values = np.where(scores["higher_is_better"] == 1, scores["value"], -scores["value"])
-    by_score = {
-        name: part.pivot(index="dataset", columns="run", values="oriented")
-        for name, part in scores.assign(oriented=values).groupby("score")
-    }
-    for state, rows in last.groupby("state"):
-        dice = 100 * rows.pivot_table(index="dataset", columns="run", values="dice")
-        accuracy = rows.pivot_table(index="dataset", columns="run", values="accuracy")
-        seeds = rows["seed"].nunique()
-        print(f"\n## encoder {state}: {dice.shape[1]} runs, {dice.shape[0]} targets, {seeds} seeds\n")
-        print(f"noise of a mean of {seeds} seeds: {noise(rows):.1f} points; best minus worst run: {spread(dice):.1f}\n")
-        report(dice, accuracy, {n: v.loc[dice.index, dice.columns] for n, v in by_score.items() if set(dice) <= set(v)})
+    scores = pd.concat(pd.read_csv(path, dtype={"epoch": str}) for path in args.scores)
+    for state, of_state in last.groupby("state"):
+        losses = {}
+        for seed, rows in of_state.groupby(seed_of(of_state)):
+            # the same names in both pretraining seeds
+            rows = rows.assign(run=rows["encoder"] + " " + rows["scheme"])
+            dice = 100 * rows.pivot_table(index="dataset", columns="run", values="dice")
+            accuracy = rows.pivot_table(index="dataset", columns="run", values="accuracy")
+            seeds = rows["seed"].nunique()
+            print(
+                f"\n## encoder {state}, pretraining seed {seed}: {dice.shape[1]} runs, {dice.shape[0]} targets, {seeds} seeds\n"
+            )
+            if seeds > 1:
+                print(
+                    f"noise of a mean of {seeds} seeds: {noise(rows):.1f} points; best minus worst run: {spread(dice):.1f}\n"
+                )
+            by_score = values_at_end(scores[seed_of(scores) == seed], str(last["epoch"].iloc[0]), dice)
+            losses[seed] = (dice, report(dice, accuracy, by_score, losses.get(FIRST)))
 
 
-def report(dice: pd.DataFrame, accuracy: pd.DataFrame, by_score: dict[str, pd.DataFrame]) -> None:
-    """One row a way of choosing: mean loss in Dice points, and its interval."""
+def values_at_end(scores: pd.DataFrame, epoch: str, dice: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """By score that all candidates have, higher is better: a row a target, a column a run; as it is and less random weights'."""
+    oriented = scores["value"].where(scores["higher_is_better"] == 1, -scores["value"])
+    scores = scores.assign(value=oriented, run=scores["encoder"] + " " + scores["scheme"])
+    end, random = (
+        scores[scores["epoch"] == e].pivot_table(index=["score", "dataset"], columns="run", values="value")
+        for e in (epoch, RANDOM)
+    )
+    tables = {}
+    for values, of_what in ((end, "{}"), (end - random, "{} less random weights")):
+        for name, table in values.groupby(level="score"):
+            table = table.droplevel("score").reindex(index=dice.index, columns=dice.columns)
+            if not table.isna().any(axis=None):
+                tables[of_what.format(name)] = table
+    return tables
+
+
+def report(
+    dice: pd.DataFrame,
+    accuracy: pd.DataFrame,
+    by_score: dict[str, pd.DataFrame],
+    first: tuple[pd.DataFrame, pd.DataFrame] | None,
+) -> pd.DataFrame:
+    """One row a way of choosing: mean loss in Dice points, and its interval; returns what each score loses on each target.
+
+    Args:
+        dice: A row a target, a column a run.
+        accuracy: The same.
+        by_score: The same of each score.
+        first: Dice and losses by score of the runs of another pretraining seed.
+    """
     best = dice.max(axis=1)
     others = {t: dice.drop(index=t).mean().idxmax() for t in dice.index}
+    table = pd.DataFrame({name: lost(dice, values) for name, values in by_score.items()})
     losses = {
         "any run": best - dice.mean(axis=1),
         "the run that is best on the other targets": best - pd.Series({t: dice.loc[t, r] for t, r in others.items()}),
         "best ImageNet accuracy": lost(dice, accuracy),
     }
-    whole = {name: lost(dice, v) for name, v in by_score.items() if not v.isna().any(axis=None)}
-    table = pd.DataFrame(whole)
-    chosen = {t: table.drop(index=t).mean().idxmin() for t in table.index}
-    losses["score that is best on the other targets"] = pd.Series({t: table.loc[t, s] for t, s in chosen.items()})
-    for name in SHOWN:
-        losses[f"`{name}`"] = table[name]
-    losses[f"best of {table.shape[1]} in hindsight: `{table.mean().idxmin()}`"] = table[table.mean().idxmin()]
-    rng = np.random.default_rng(0)
-    draws = rng.integers(0, len(best), (DRAWS, len(best)))
+    if first is not None:
+        of_first, by_first = first
+        losses["the run of the network and schedule that were best on this target in the first seed"] = (
+            best - pd.Series({t: dice.loc[t, of_first.loc[t].idxmax()] for t in dice.index})
+        )
+        losses["the network and schedule that were best on all targets there"] = best - dice[of_first.mean().idxmax()]
+        top = by_first.mean().idxmin()
+        if top in table:
+            losses[f"the score that was best there: `{top}`"] = table[top]
+    if not table.empty:
+        chosen = {t: table.drop(index=t).mean().idxmin() for t in table.index}
+        losses["score that is best on the other targets"] = pd.Series({t: table.loc[t, s] for t, s in chosen.items()})
+        for name in SHOWN:
+            losses |= {f"`{n}`": table[n] for n in (name, f"{name} less random weights") if n in table}
+        losses[f"best of {table.shape[1]} in hindsight: `{table.mean().idxmin()}`"] = table[table.mean().idxmin()]
+    draws = np.random.default_rng(0).integers(0, len(best), (DRAWS, len(best)))
     print("| chosen by | mean loss |\n|---|---|")
     for name, loss in losses.items():
         low, high = np.percentile(loss.to_numpy()[draws].mean(axis=1), [2.5, 97.5])
         print(f"| {name} | {loss.mean():.2f} [{low:.2f}, {high:.2f}] |")
     better = (table.mean() < losses["any run"].mean()).sum()
     print(f"\n{better} of {table.shape[1]} variants lose less than any run does on average.")
+    if first is not None and not table.empty:
+        both = pd.DataFrame({"first": first[1].mean(), "second": table.mean()}).dropna()
+        print(
+            f"mean losses of {len(both)} variants in both seeds: Spearman {both.corr(method='spearman').iloc[0, 1]:.2f}."
+        )
+    return table
 
 
 def lost(dice: pd.DataFrame, values: pd.DataFrame) -> pd.Series:

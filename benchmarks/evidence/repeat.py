@@ -28,10 +28,10 @@ FIRST, REPEAT = "0", "1"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", type=Path)
-    parser.add_argument("scores", type=Path, nargs="?")
+    parser.add_argument("scores", type=Path, nargs="*")
     args = parser.parse_args()
     table = pd.read_csv(args.table, dtype={"epoch": str})
-    scores = None if args.scores is None else pd.read_csv(args.scores, dtype={"epoch": str})
+    scores = pd.concat([pd.read_csv(path, dtype={"epoch": str}) for path in args.scores]) if args.scores else None
     for state, rows in table.groupby("state"):
         both = [rows[(seed_of(rows) == s) | (rows["epoch"] == SCRATCH)] for s in (FIRST, REPEAT)]
         shared = set.intersection(*(set(part.loc[part["epoch"] != SCRATCH, "seed"]) for part in both))
