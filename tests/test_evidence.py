@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import across_runs
+import courses
 import downstream
 import networkx as nx
+import new_curves
 import numpy as np
 import pandas as pd
 import pretrain
@@ -25,6 +27,7 @@ import targets
 import torch
 from PIL import Image
 
+from mtl_nnunet import chooser
 from mtl_nnunet.checkpoints import find_checkpoints, read_contents
 from mtl_nnunet.curves import read_curves
 
@@ -358,3 +361,63 @@ def test_networks_are_chosen_by_hand(
     assert "| `s:level=-1` | 30.00 [30.00, 30.00] |" in second
     assert "that were best on all targets there | 20.00 [20.00, 20.00] |" in second
     assert "| the score that was best there: `s:level=-1 less random weights` | 0.00 [0.00, 0.00] |" in second
+
+
+def test_courses_and_what_is_luck_in_them_by_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = []
+    # 10 points below the last after one epoch on x and 30 on y, by one schedule; the other has 2 points more at the end only
+    for (dataset, gain), (scheme, more), (seed, luck) in product(
+        (("x", 0.1), ("y", 0.3)), (("slow", 0.0), ("fast", 0.02)), enumerate((-0.01, 0.01))
+    ):
+        known = (dataset, "net", scheme, f"net-{scheme}-0", "free")
+        rows += [(*known, 1, seed, 0.5 + luck), (*known, 2, seed, 0.5 + gain + more - luck)]
+    rows += [(d, "net", "", "", "free", "scratch", seed, 0.45) for d in "xy" for seed in (0, 1)]
+    columns = ["dataset", "encoder", "scheme", "run", "state", "epoch", "seed", "dice"]
+    pd.DataFrame(rows, columns=columns).to_csv(tmp_path / "table.csv", index=False)
+    monkeypatch.setattr(sys, "argv", ["courses.py", str(tmp_path / "table.csv")])
+    courses.main()
+    said = capsys.readouterr().out
+    assert "## encoder free: 4 curves, 2 seeds" in said
+    assert "| mean | 26.00 ± 10.00 | 21.00 ± 10.00 |" in said
+    assert "| x | 16.0 | 11.0 |" in said
+    # one seed lies 2 points above the mean of the two, the other as much below
+    assert f"| noise of one training | {2**0.5:.1f} | {8**0.5:.1f} |" in said
+    assert f"| {(np.var([10, 12, 30, 32], ddof=1) - 4) ** 0.5:.1f} |" in said
+    assert "fast less slow: 1 0.00 ± 0.00, 2 2.00 ± 0.00" in said
+
+
+def test_epochs_differ_where_an_analysis_of_variance_says_so() -> None:
+    rng = np.random.default_rng(0)
+    flat = np.mean([courses.differ(rng.normal(size=(3, 5))) for _ in range(2000)], axis=0)
+    assert flat[0] == pytest.approx(0.05, abs=0.015)
+    steep = rng.normal(size=(3, 5)) + np.arange(0, 50, 10)
+    assert courses.differ(steep) == (True, True, False)
+    assert courses.differ(steep[:, ::-1]) == (True, True, True)
+
+
+def test_a_chooser_is_held_against_curves_by_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # 1.5 points lost by the last epoch of the one run, none by that of the other; half-way the other way round
+    dice = {"new-cosine-1": (0.4, 0.515, 0.5), "new-cosine-2": (0.4, 0.485, 0.5), "old-cosine-0": (0.9, 0.1, 0.1)}
+    rows = [
+        ("x", "test_resnet", "cosine", run, "free", epoch, seed, value + seed / 10)
+        for run, values in dice.items()
+        for seed in (0, 1)
+        for epoch, value in zip((1, 8, 16), values, strict=True)
+    ]
+    columns = ["dataset", "encoder", "scheme", "run", "state", "epoch", "seed", "dice"]
+    pd.DataFrame(rows, columns=columns).to_csv(tmp_path / "table.csv", index=False)
+    shipped = Path(chooser.__file__).with_name("chooser.json")
+    options = [str(shipped), str(tmp_path / "table.csv"), "-runs", "new-cosine-1", "new-cosine-2"]
+    monkeypatch.setattr(sys, "argv", ["new_curves.py", *options])
+    new_curves.main()
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("encoder free: 2 curves")
+    assert said[1].startswith("price 0.00: share 1.00, lost 0.75 (fixed there 0.75, last 0.75), expected 0.")
+    expected, held = said[1].split("expected ")[1].split(", ")
+    assert 0 < float(expected) < 1
+    # a loss of 1.5 points lies outside what is said of the last epoch, none within
+    assert held == "50% held in 90 % intervals"

@@ -69,8 +69,7 @@ def report_courses(first: pd.DataFrame, repeat: pd.DataFrame) -> None:
 
 def report_agreement(both: list[pd.DataFrame], curves: pd.Index) -> None:
     """Correlations beyond the common course, of means over disjoint halves of the training seeds."""
-    both = [part[part["epoch"] != SCRATCH] for part in both]
-    seeds = sorted(set(both[0]["seed"]))
+    seeds = sorted(set(both[0].loc[both[0]["epoch"] != SCRATCH, "seed"]))
     if len(seeds) < 2:
         return
     with_itself, with_repeat = [], []
@@ -129,16 +128,15 @@ def gains(table: pd.DataFrame, scores: pd.DataFrame) -> pd.Series:
 
 def curves_of(rows: pd.DataFrame) -> pd.DataFrame:
     """Mean Dice over seeds, a row a curve; random weights first, then epochs in their order."""
-    is_scratch = rows["epoch"] == SCRATCH
-    curves = by_epoch(rows[~is_scratch])
-    scratch = rows[is_scratch].groupby(["dataset", "encoder"])["dice"].mean()
+    curves = by_epoch(rows)
+    scratch = rows[rows["epoch"] == SCRATCH].groupby(["dataset", "encoder"])["dice"].mean()
     curves.insert(0, SCRATCH, [scratch[d, e] for d, e, _ in curves.index])
     return curves
 
 
-def by_epoch(rows: pd.DataFrame) -> pd.DataFrame:
-    """Mean Dice over seeds of curves that have all epochs."""
-    table = rows.pivot_table(index=CURVE, columns="epoch", values="dice")
+def by_epoch(rows: pd.DataFrame, curve: list[str] = CURVE) -> pd.DataFrame:
+    """Mean Dice over seeds of curves that have all epochs, in their order."""
+    table = rows[rows["epoch"] != SCRATCH].pivot_table(index=curve, columns="epoch", values="dice")
     return table[sorted(table, key=int)].dropna()
 
 
