@@ -376,7 +376,11 @@ def test_courses_and_what_is_luck_in_them_by_hand(
     rows += [(d, "net", "", "", "free", "scratch", seed, 0.45) for d in "xy" for seed in (0, 1)]
     columns = ["dataset", "encoder", "scheme", "run", "state", "epoch", "seed", "dice"]
     pd.DataFrame(rows, columns=columns).to_csv(tmp_path / "table.csv", index=False)
-    monkeypatch.setattr(sys, "argv", ["courses.py", str(tmp_path / "table.csv")])
+    # the average was trained with one of the seeds, the one whose last epoch is a point below the mean
+    rows += [(d, "net", "slow", "net-slow-0", "free", "average-3", 1, dice) for d, dice in (("x", 0.61), ("y", 0.83))]
+    pd.DataFrame(rows, columns=columns).to_csv(tmp_path / "averages.csv", index=False)
+    options = [str(tmp_path / "table.csv"), "-averages", str(tmp_path / "averages.csv")]
+    monkeypatch.setattr(sys, "argv", ["courses.py", *options])
     courses.main()
     said = capsys.readouterr().out
     assert "## encoder free: 4 curves, 2 seeds" in said
@@ -386,6 +390,7 @@ def test_courses_and_what_is_luck_in_them_by_hand(
     assert f"| noise of one training | {2**0.5:.1f} | {8**0.5:.1f} |" in said
     assert f"| {(np.var([10, 12, 30, 32], ddof=1) - 4) ** 0.5:.1f} |" in said
     assert "fast less slow: 1 0.00 ± 0.00, 2 2.00 ± 0.00" in said
+    assert "average-3 less the last epoch, 2 curves, 1 seeds: 3.00 ± 1.00; slow 3.00 ± 1.00" in said
 
 
 def test_epochs_differ_where_an_analysis_of_variance_says_so() -> None:

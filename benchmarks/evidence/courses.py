@@ -4,9 +4,9 @@ Of each state: Dice points below the last epoch, mean of the curves and standard
 curves differ in that (their variance less that of the mean of the seeds) beside the noise of a single training; in how many curves
 epochs differ, by an F test (checkpoint + seed, 5 %), by best and worst two standard errors apart, and by an earlier epoch two standard
 errors above the last; and Dice by the one schedule less that by the other. With a table of shorter trainings, how well the orders of
-checkpoints agree.
+checkpoints agree; with one that has trainings from averaged weights, what these gain on the last epoch, seed by seed.
 
-    python benchmarks/evidence/courses.py balanced.csv -shorter downstream_80.csv
+    python benchmarks/evidence/courses.py balanced.csv -shorter downstream_80.csv -averages downstream.csv
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pandas as pd
 from repeat import by_epoch, epochs_of, mean_and_error
 from scipy import stats
 
-from mtl_nnunet.curves import SCRATCH
+from mtl_nnunet.curves import AVERAGE, SCRATCH
 
 CURVE = ["dataset", "encoder", "scheme", "run"]
 
@@ -28,9 +28,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", type=Path)
     parser.add_argument("-shorter", type=Path, help="table of shorter trainings of the same curves")
+    parser.add_argument("-averages", type=Path, help="table with trainings from averaged weights")
     args = parser.parse_args()
-    table = pd.read_csv(args.table, dtype={"epoch": str})
-    shorter = None if args.shorter is None else pd.read_csv(args.shorter, dtype={"epoch": str})
+    table, shorter, averages = (
+        None if path is None else pd.read_csv(path, dtype={"epoch": str})
+        for path in (args.table, args.shorter, args.averages)
+    )
     for state, rows in table.groupby("state"):
         dice = by_training(rows)
         curves, seeds = dice.groupby(level=CURVE).ngroups, dice.index.unique("seed")
@@ -46,6 +49,8 @@ def main() -> None:
         report_schedules(dice[epochs_of(dice)])
         if shorter is not None:
             report_orders(rows, shorter[shorter["state"] == state])
+        if averages is not None:
+            report_averages(averages[averages["state"] == state])
 
 
 def by_training(rows: pd.DataFrame) -> pd.DataFrame:
@@ -119,6 +124,18 @@ def report_orders(rows: pd.DataFrame, shorter: pd.DataFrame) -> None:
         print(
             f"order of epochs by trainings {name} and by those of other seeds, {len(shared)} curves: Spearman {np.mean(order):.2f}"
         )
+
+
+def report_averages(rows: pd.DataFrame) -> None:
+    """Dice points over the last epoch, by pairs of the same seed; each schedule."""
+    dice = 100 * rows[rows["epoch"] != SCRATCH].pivot_table(index=[*CURVE, "seed"], columns="epoch", values="dice")
+    averages = [epoch for epoch in dice if epoch.startswith(AVERAGE)]
+    last = max((epoch for epoch in dice if epoch not in averages), key=int)
+    for name in averages:
+        gain = (dice[name] - dice[last]).dropna()
+        by_scheme = ", ".join(f"{scheme} {mean_and_error(part)}" for scheme, part in gain.groupby(level="scheme"))
+        curves, seeds = gain.groupby(level=CURVE).ngroups, gain.index.unique("seed")
+        print(f"{name} less the last epoch, {curves} curves, {len(seeds)} seeds: {mean_and_error(gain)}; {by_scheme}")
 
 
 if __name__ == "__main__":
