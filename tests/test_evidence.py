@@ -286,10 +286,12 @@ def test_a_repeat_is_held_against_the_first_by_hand(
 def test_the_tree_is_that_of_another_library() -> None:
     rng = np.random.default_rng(0)
     x, labels, patients = rng.normal(size=(60, 3)), rng.integers(0, 3, 60), rng.integers(0, 4, 60)
+    x[:, 0] *= 1000
+    spread = x.std(axis=0)
     graph = nx.Graph()
     for i, j in combinations(range(60), 2):
         if patients[i] != patients[j]:
-            graph.add_edge(i, j, weight=float(np.linalg.norm(x[i] - x[j])), same=labels[i] == labels[j])
+            graph.add_edge(i, j, weight=float(np.linalg.norm((x[i] - x[j]) / spread)), same=labels[i] == labels[j])
     edges = nx.minimum_spanning_tree(graph).edges(data="same")
     assert len(edges) == 59
     share = np.mean([same for *_, same in edges])
@@ -301,6 +303,15 @@ def test_the_tree_is_that_of_another_library() -> None:
 def test_equal_features_have_a_tree_too() -> None:
     x, labels, patients = torch.zeros(6, 2), np.array([0, 1, 0, 1, 0, 1]), np.array([0, 0, 1, 1, 2, 2])
     assert -1 <= spanning_tree.tree(x, labels, patients) <= 1
+
+
+def test_parts_of_the_pixels_are_disjoint_and_alike() -> None:
+    labels, patients = np.tile([0, 1], 384), np.repeat(np.arange(8), 96)
+    parts = spanning_tree.parts(labels, patients, 192)
+    assert sorted(np.concatenate(parts)) == list(range(768))
+    for part in parts:
+        assert np.bincount(labels[part]).tolist() == [96, 96]
+        assert np.bincount(patients[part]).tolist() == [24] * 8
 
 
 def test_pixels_of_boundaries_have_another_class_beside_them(target: targets.Target) -> None:
@@ -330,6 +341,28 @@ def test_scores_of_boundaries_say_so(
     assert {"tree:level=all", "ccfv:level=-1"} <= names[0]
     assert {"tree:pixels=boundary,level=all", "ccfv:pixels=boundary,level=-1"} <= names[1]
     assert not names[0] & names[1]
+
+    table = tmp_path / "scores.csv"
+    common = [
+        "-raw",
+        str(tmp_path),
+        "-runs",
+        str(demo_run),
+        "-work",
+        str(tmp_path),
+        "-o",
+        str(table),
+        "-pixels",
+        "boundary",
+    ]
+    monkeypatch.setattr(sys, "argv", ["score.py", *common, "-score", "contrastive"])
+    with pytest.raises(SystemExit, match="contrastive reads no labels"):
+        score.main()
+    table.write_text("run,epoch,score\na,1,ccfv:level=all\n")
+    monkeypatch.setattr(sys, "argv", ["score.py", *common, "-score", "ccfv"])
+    monkeypatch.setattr(score, "prepared", lambda *_: tmp_path)
+    with pytest.raises(SystemExit, match="is of other scores"):
+        score.main()
 
 
 def test_networks_are_chosen_by_hand(

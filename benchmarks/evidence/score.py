@@ -83,8 +83,11 @@ def main() -> None:
     parser.add_argument("-pixels", choices=(EVERYWHERE, BOUNDARY), default=EVERYWHERE, help="which have labels")
     args = parser.parse_args()
     names = tuple(args.score or [n for n, s in scores_to_try() if s.labels or args.pixels == EVERYWHERE])
+    if args.pixels == BOUNDARY and (blind := [n for n, s in chosen_scores(names) if not s.labels]):
+        raise SystemExit(f"-score {blind[0]} reads no labels, so it knows no boundary. Leave out -pixels {BOUNDARY}.")
     files = {name: prepared(name, args.raw, args.work) for name in args.d}
     cases = "all" if args.num_cases is None else str(args.num_cases)
+    refuse_other_scores(args.o, names, args.pixels)
     file, done = opened(args.o, COLUMNS, ("dataset", "run", "epoch", "num_cases", "draw"))
     runs = {folder: find_checkpoints([folder]) for folder in args.runs}
     encoders = {folder: str(found[0].architecture) for folder, found in runs.items()}
@@ -97,7 +100,6 @@ def main() -> None:
         if (dataset, folder.name, RANDOM if checkpoint is None else str(checkpoint.epoch), cases, str(args.draw))
         not in done
     ]
-    chosen_scores(names)
     print(f"{len(jobs)} checkpoints to go", flush=True)
     version = made_with()
     started = time.monotonic()
@@ -166,14 +168,29 @@ def values_of(
             statistic, by_level = score.statistic(features)
         except NoScoreError:
             continue
-        place = "" if where == EVERYWHERE else f"pixels={where},"
-        start = f"{name}{',' if ':' in name else ':'}{place}level="
+        start = prefix(name, where)
         values.append((f"{start}all", float(statistic(everyone)[0]), score.higher_is_better))
         values += [
             (f"{start}{level - max(by_level) - 1}", value, score.higher_is_better) for level, value in by_level.items()
         ]
     # what is not finite is no score, as in a ranking
     return [value for value in values if np.isfinite(value[1])]
+
+
+def prefix(name: str, where: str) -> str:
+    """What the table's names of a score begin with; the level follows."""
+    place = "" if where == EVERYWHERE else f"pixels={where},"
+    return f"{name}{',' if ':' in name else ':'}{place}level="
+
+
+def refuse_other_scores(table: Path, names: tuple[str, ...], where: str) -> None:
+    """A checkpoint that is in the table is not scored again, so a table is of one set of scores."""
+    if not table.exists():
+        return
+    with table.open(newline="") as file:
+        there = {row["score"].rpartition("level=")[0] + "level=" for row in csv.DictReader(file) if row["score"]}
+    if others := there - {prefix(name, where) for name in names}:
+        raise SystemExit(f"{table} is of other scores ({min(others)}...). Write to another table.")
 
 
 @cache

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mtl_nnunet.scores.resampling import Statistic
 
-TREE_PIXELS = 1024
+PART_PIXELS = 1024
 
 
 def tree(features: Tensor, labels: np.ndarray, patients: np.ndarray) -> float:
@@ -18,7 +18,8 @@ def tree(features: Tensor, labels: np.ndarray, patients: np.ndarray) -> float:
 
         (s - e) / (1 - e)
 
-    with s the share of edges within a class and e that share among all pairs. Edges join pixels of different patients only.
+    with s the share of edges within a class and e that share among all pairs. Edges join pixels of different patients only; every
+    feature counts by its own spread.
 
     Args:
         features: Shape (N, D).
@@ -33,7 +34,8 @@ def tree(features: Tensor, labels: np.ndarray, patients: np.ndarray) -> float:
         >>> round(tree(x, y, p), 3), round(tree(x, y[[0, 2, 1, 3]], p), 3)
         (0.333, -0.333)
     """
-    x = features.double()
+    x = features.double() - features.double().mean(0)
+    x = x / x.std(0).clamp_min(1e-12)
     distances = torch.cdist(x, x).numpy()
     rows, columns = np.nonzero(np.triu(patients[:, None] != patients))
     # an edge of length 0 would be none to scipy
@@ -43,13 +45,16 @@ def tree(features: Tensor, labels: np.ndarray, patients: np.ndarray) -> float:
     return float((share - by_chance) / (1 - by_chance))
 
 
-def thinned(labels: np.ndarray, patients: np.ndarray, number: int) -> np.ndarray:
-    """Indices of about that many pixels, of every class of every patient the same share."""
-    return np.lexsort((labels, patients))[:: max(1, round(len(labels) / number))]
+def parts(labels: np.ndarray, patients: np.ndarray, number: int) -> list[np.ndarray]:
+    """Disjoint parts of about that many pixels, each with the same share of every class of every patient; indices."""
+    step = max(1, round(len(labels) / number))
+    order = np.lexsort((labels, patients))
+    return [order[start::step] for start in range(step)]
 
 
 def statistic(features: Tensor, labels: np.ndarray, patients: np.ndarray) -> Statistic:
-    """The score of some of the pixels; how it would be of other patients is not told."""
-    kept = thinned(labels, patients, TREE_PIXELS)
-    value = tree(features[torch.as_tensor(kept)], labels[kept], patients[kept])
+    """The mean over disjoint parts of the pixels; how it would be of other patients is not told."""
+    value = np.mean([
+        tree(features[torch.as_tensor(part)], labels[part], patients[part]) for part in parts(labels, patients, PART_PIXELS)
+    ])  # fmt: skip
     return lambda multiplicities: np.full(len(multiplicities), value)
