@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import sys
 import tarfile
 from itertools import combinations, product
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import across_runs
+import balanced
 import courses
 import downstream
 import networkx as nx
@@ -249,38 +251,91 @@ def test_interrupted_and_asked_again_nothing_is_trained_twice(
     assert all(float(r["seconds"]) > 0 for r in kept)
 
 
+def table_of(rows: list[tuple[Any, ...]], path: Path) -> Path:
+    """Rows of dataset, encoder, scheme, run, state, epoch, seed and Dice as a table of trainings."""
+    columns = ["dataset", "encoder", "scheme", "run", "state", "epoch", "seed", "dice"]
+    pd.DataFrame(rows, columns=columns).assign(accuracy=1.0).to_csv(path, index=False)
+    return path
+
+
 def test_a_repeat_is_held_against_the_first_by_hand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    dice = {"a": ({"1": 0.6, "2": 0.7}, {"1": 0.8, "2": 0.7}), "b": ({"1": 0.8, "2": 0.7}, {"1": 0.6, "2": 0.7})}
-    scratch = {"a": 0.5, "b": 0.6}
-    rows = [(d, "net", "", "", "free", "scratch", s, scratch[d]) for d in dice for s in (0, 1)]
-    scored = []
-    for d, tables in dice.items():
-        for i, by_epoch in enumerate(tables):
+    dice = {"a": ((0.6, 0.7), (0.8, 0.7)), "b": ((0.8, 0.7), (0.6, 0.7)), "c": ((0.6, 0.7), (0.6, 0.7))}
+    paths, scored = [], []
+    for i, name in enumerate(("first.csv", "repeat.csv")):
+        # an easier seed lifts all alike; the repeat has a seed that the first has not
+        seeds = (0, 1, 2)[: 2 + i]
+        rows = [(d, "net", "", "", "free", "scratch", s, 0.5 + s / 10) for d in dice for s in seeds]
+        for d, tables in dice.items():
             run = f"net-cosine-{i}"
-            for epoch, value in by_epoch.items():
-                # an easier seed lifts all alike
-                rows += [(d, "net", "cosine", run, "free", epoch, s, value + s / 10) for s in (0, 1)]
+            rows += [
+                (d, "net", "cosine", run, "free", k + 1, s, v + s / 10) for k, v in enumerate(tables[i]) for s in seeds
+            ]
+            for k, value in enumerate(tables[i]):
                 scored += [
-                    (d, "net", "cosine", run, epoch, "early", -int(epoch), 1),
-                    (d, "net", "cosine", run, epoch, "dice", value, 1),
+                    (d, "net", "cosine", run, k + 1, "early", -k, 1),
+                    (d, "net", "cosine", run, k + 1, "dice", value, 1),
                 ]
-    columns = ["dataset", "encoder", "scheme", "run"]
-    table, scores = tmp_path / "table.csv", tmp_path / "scores.csv"
-    pd.DataFrame(rows, columns=[*columns, "state", "epoch", "seed", "dice"]).to_csv(table, index=False)
-    pd.DataFrame(scored, columns=[*columns, "epoch", "score", "value", "higher_is_better"]).to_csv(scores, index=False)
-    monkeypatch.setattr(sys, "argv", ["repeat.py", str(table), str(scores)])
+        paths.append(str(table_of(rows, tmp_path / name)))
+    scores = tmp_path / "scores.csv"
+    columns = ["dataset", "encoder", "scheme", "run", "epoch", "score", "value", "higher_is_better"]
+    pd.DataFrame(scored, columns=columns).to_csv(scores, index=False)
+    monkeypatch.setattr(repeat, "SHOWN", ("early",))
+    monkeypatch.setattr(sys, "argv", ["repeat.py", *paths, "-scores", str(scores)])
     repeat.main()
     said = capsys.readouterr().out
-    assert "2 curves, encoder free, training seeds 0, 1" in said
-    # b loses 10 points by what was best before, and a, where that was the last epoch, nothing
-    assert "the best epoch of the first, in the repeat: 5.00 ± 5.00 below the last" in said
-    assert "first: scratch 20.00 ± 5.00, 1 0.00 ± 10.00, 2 0.00 ± 0.00" in said
-    assert "of the same run 1.00, of a run with its repeat -1.00" in said
-    # always early gains 10 points on b and loses them on a; by Dice itself the best is always taken
-    assert "best in the first: dice, 5.00 ± 5.00 over the last epoch there, 5.00 ± 5.00 in the repeat" in said
-    assert "scores ahead of the last epoch: 1 in the first, 1 in the repeat, 1 in both" in said
+    assert "3 curves, training seeds 0, 1\n" in said
+    # first: 10, -10 and 10 points below the last; a, b and c of the repeat are -10, 10 and 10
+    assert "first: scratch 20.00 [20.00, 20.00], 1 3.33 [-25.35, 32.02]" in said
+    assert "repeat less first: scratch 0.00 [0.00, 0.00], 1 0.00 [-49.68, 49.68]" in said
+    # beyond the course: (10, -10, 10) - 3.33 and (-10, 10, 10) - 3.33
+    expected = np.corrcoef([10, -10, 10], [-10, 10, 10])[0, 1]
+    assert f"of a run with itself by other trainings 1.00, with its repeat {expected:.2f}" in said
+    # of the first's choices b loses 10 in the repeat; of the repeat's a does in the first; the mean of both ways
+    assert "in others of the repeat: 3.33 [-3.84, 10.50] below the last" in said
+    assert "in others of the same run: -3.33 [-10.50, 3.84] below the last" in said
+    assert "gain of `early` on the last epoch: first -3.33 [-32.02, 25.35], repeat -3.33 [-32.02, 25.35]" in said
+    assert "first: best of all 3.33 (dice), 1 above the last epoch" in said
+    # with the scores of other curves the one that knows the Dice takes one of three early: a third of what early loses
+    best, ahead = (float(x) for x in re.findall(r"with scores of other curves (-?[\d.]+) .* and (\d+)", said)[0])
+    assert best == pytest.approx((3.33 - 3.33 - 3.33) / 3, abs=0.4)
+    assert ahead == 0
+    assert "the score that is best in one, in the other: 3.33 [-3.84, 10.50]" in said
+
+
+def test_tables_that_do_not_compare_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    rows = [("a", "net", "cosine", "net-cosine-0", "free", e, s, 0.5) for e in (1, 2) for s in (0, 1)]
+    rows += [("a", "net", "", "", "free", "scratch", s, 0.4) for s in (0, 1)]
+    other = [("b", *row[1:]) for row in rows]
+    for script in (courses, repeat):
+        table = str(table_of([*rows, *other[:-3]], tmp_path / "uneven.csv"))
+        monkeypatch.setattr(sys, "argv", [script.__name__, table, *([table] if script is repeat else [])])
+        with pytest.raises(SystemExit, match="different seeds or epochs"):
+            script.main()
+        table = str(table_of([*rows, rows[0]], tmp_path / "twice.csv"))
+        monkeypatch.setattr(sys, "argv", [script.__name__, table, *([table] if script is repeat else [])])
+        with pytest.raises(SystemExit, match="twice, the first is dataset a, encoder net, scheme cosine"):
+            script.main()
+
+    def kept(given: list[tuple[Any, ...]], *options: str) -> pd.DataFrame:
+        paths = [str(table_of(given, tmp_path / "in.csv")), str(tmp_path / "out.csv")]
+        monkeypatch.setattr(sys, "argv", ["balanced.py", *paths, "-epochs", "1", "2", *options])
+        balanced.main()
+        return pd.read_csv(paths[1])
+
+    # seed 1 lacks epoch 2 of the one target, and an epoch that was not asked for is no hindrance
+    few = kept([*rows, *(r for r in other if r[5:7] != (2, 1)), ("a", *rows[0][1:5], 9, 0, 0.5)])
+    assert set(few["seed"]) == {0}
+    assert len(few) == 6
+    assert "free: 2 curves of 2 epochs, seeds 0; not complete: 1" in capsys.readouterr().out
+    assert len(kept([*rows, *other], "-runs", "net-cosine-0")) == 12
+    with pytest.raises(SystemExit, match="no run nonsense"):
+        kept(rows, "-runs", "nonsense")
+    with pytest.raises(SystemExit, match="stand in the table twice"):
+        kept([*rows, rows[0]])
+    with pytest.raises(SystemExit, match="no seed is complete"):
+        kept([*rows, *(r for r in other if r[5] != 2)])
 
 
 def test_the_tree_is_that_of_another_library() -> None:
@@ -368,29 +423,36 @@ def test_scores_of_boundaries_say_so(
 def test_networks_are_chosen_by_hand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # on both targets net b is best in the first pretraining, and net c in the second
+    # on all targets net b is best in the first pretraining, and net c in the second
     dice = {"0": {"a": 0.5, "b": 0.7, "c": 0.6}, "1": {"a": 0.5, "b": 0.6, "c": 0.8}}
     # a score that follows the Dice, but for what the architecture adds to it
     offset = {"a": 9.0, "b": 0.0, "c": 3.0}
-    rows, scored = [], []
+    paths, scored = [], []
     for pretraining, by_net in dice.items():
-        for target_name, (net, value) in product(("x", "y"), by_net.items()):
+        rows = []
+        for target_name, (net, value) in product("xyz", by_net.items()):
             known = (target_name, net, "cosine", f"{net}-cosine-{pretraining}")
-            rows += [(*known, "free", 16, 0, value, value), (*known, "free", 8, 0, 1 - value, value)]
+            # a seed that fails on one target, with every net
+            rows += [
+                (*known, "free", e, s, v - 0.3 * (s == 1 and target_name == "z"))
+                for e, v in ((16, value), (8, 1 - value))
+                for s in (0, 1)
+            ]
             scored += [(*known, "16", "s:level=-1", offset[net] + value, 1)]
             scored += [(*known, "random", "s:level=-1", offset[net], 1)]
-    columns = ["dataset", "encoder", "scheme", "run"]
-    table, scores = tmp_path / "table.csv", tmp_path / "scores.csv"
-    pd.DataFrame(rows, columns=[*columns, "state", "epoch", "seed", "dice", "accuracy"]).to_csv(table, index=False)
-    pd.DataFrame(scored, columns=[*columns, "epoch", "score", "value", "higher_is_better"]).to_csv(scores, index=False)
+        paths.append(str(table_of(rows, tmp_path / f"{pretraining}.csv")))
+    scores = tmp_path / "scores.csv"
+    columns = ["dataset", "encoder", "scheme", "run", "epoch", "score", "value", "higher_is_better"]
+    pd.DataFrame(scored, columns=columns).to_csv(scores, index=False)
     monkeypatch.setattr(across_runs, "SHOWN", ("s:level=-1",))
-    monkeypatch.setattr(sys, "argv", ["across_runs.py", str(table), str(scores)])
+    monkeypatch.setattr(sys, "argv", ["across_runs.py", *paths, "-scores", str(scores)])
     across_runs.main()
-    first, second = capsys.readouterr().out.split("pretraining seed 1")
-    assert "| `s:level=-1` | 20.00 [20.00, 20.00] |" in first
-    assert "| `s:level=-1 less random weights` | 0.00 [0.00, 0.00] |" in first
+    first, second = capsys.readouterr().out.split("## encoder free, 1.csv")
+    assert "| `s:level=-1` | 20.00 [20.00, 20.00] | -10.00 [-10.00, -10.00] |" in first
+    assert "| `s:level=-1 less random weights` | 0.00 [0.00, 0.00] | 10.00 [10.00, 10.00] |" in first
     assert "| any run | 10.00 [10.00, 10.00] |" in first
     assert "1 of 2 variants lose less than any run does" in first
+    assert "noise of a mean: x 0.0, y 0.0, z 0.0" in first
     assert "| `s:level=-1` | 30.00 [30.00, 30.00] |" in second
     assert "that were best on all targets there | 20.00 [20.00, 20.00] |" in second
     assert "| the score that was best there: `s:level=-1 less random weights` | 0.00 [0.00, 0.00] |" in second
@@ -399,63 +461,84 @@ def test_networks_are_chosen_by_hand(
 def test_courses_and_what_is_luck_in_them_by_hand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = []
-    # 10 points below the last after one epoch on x and 30 on y, by one schedule; the other has 2 points more at the end only
+    rows: list[tuple[Any, ...]] = []
+    # 10, 20 and 30 points below the last after one epoch, by one schedule; the other has 2 points more at the end only
+    targets_of = (("x", 0.1), ("y", 0.2), ("z", 0.3))
     for (dataset, gain), (scheme, more), (seed, luck) in product(
-        (("x", 0.1), ("y", 0.3)), (("slow", 0.0), ("fast", 0.02)), enumerate((-0.01, 0.01))
+        targets_of, (("slow", 0.0), ("fast", 0.02)), enumerate((-0.01, 0.01))
     ):
         known = (dataset, "net", scheme, f"net-{scheme}-0", "free")
         rows += [(*known, 1, seed, 0.5 + luck), (*known, 2, seed, 0.5 + gain + more - luck)]
-    rows += [(d, "net", "", "", "free", "scratch", seed, 0.45) for d in "xy" for seed in (0, 1)]
-    columns = ["dataset", "encoder", "scheme", "run", "state", "epoch", "seed", "dice"]
-    pd.DataFrame(rows, columns=columns).to_csv(tmp_path / "table.csv", index=False)
+    rows += [(d, "net", "", "", "free", "scratch", seed, 0.45) for d in "xyz" for seed in (0, 1)]
+    table = table_of(rows, tmp_path / "table.csv")
     # the average was trained with one of the seeds, the one whose last epoch is a point below the mean
-    rows += [(d, "net", "slow", "net-slow-0", "free", "average-3", 1, dice) for d, dice in (("x", 0.61), ("y", 0.83))]
-    pd.DataFrame(rows, columns=columns).to_csv(tmp_path / "averages.csv", index=False)
-    options = [str(tmp_path / "table.csv"), "-averages", str(tmp_path / "averages.csv")]
-    monkeypatch.setattr(sys, "argv", ["courses.py", *options])
+    rows += [
+        (d, "net", "slow", "net-slow-0", "free", "average-3", 1, 0.49 + gain + more)
+        for (d, gain), more in zip(targets_of, (0.02, 0.03, 0.04), strict=True)
+    ]
+    averages = table_of(rows, tmp_path / "averages.csv")
+    monkeypatch.setattr(sys, "argv", ["courses.py", str(table), "-averages", str(averages)])
     courses.main()
     said = capsys.readouterr().out
-    assert "## encoder free: 4 curves, 2 seeds" in said
-    assert "| mean | 26.00 ± 10.00 | 21.00 ± 10.00 |" in said
+    assert "## encoder free: 6 curves, 2 seeds" in said
+    # t of two degrees of freedom is 4.30, the standard error 10 / 3 ** .5
+    assert "| mean | 26.00 [1.16, 50.84] | 21.00 [-3.84, 45.84] |" in said
     assert "| x | 16.0 | 11.0 |" in said
     # one seed lies 2 points above the mean of the two, the other as much below
     assert f"| noise of one training | {2**0.5:.1f} | {8**0.5:.1f} |" in said
-    assert f"| {(np.var([10, 12, 30, 32], ddof=1) - 4) ** 0.5:.1f} |" in said
-    assert "fast less slow: 1 0.00 ± 0.00, 2 2.00 ± 0.00" in said
-    assert "average-3 less the last epoch, 2 curves, 1 seeds: 3.00 ± 1.00; slow 3.00 ± 1.00" in said
+    assert f"| {(np.var([10, 12, 20, 22, 30, 32], ddof=1) - 4) ** 0.5:.1f} [" in said
+    assert "fast less slow: 1 0.00 [0.00, 0.00], 2 2.00 [2.00, 2.00]" in said
+    assert "an earlier epoch is two standard errors above the last: 0 of 6 curves" in said
+    assert "agrees with 1 others by a Spearman correlation of 1.00 [1.00, 1.00], the epochs themselves by 1.00" in said
+    assert "average-3 less the last epoch, 3 curves, 1 seeds: 3.00 [0.52, 5.48]; slow 3.00 [0.52, 5.48]" in said
 
 
 def test_epochs_differ_where_an_analysis_of_variance_says_so() -> None:
     rng = np.random.default_rng(0)
-    flat = np.mean([courses.differ(rng.normal(size=(3, 5))) for _ in range(2000)], axis=0)
+    flat = np.mean([courses.looks(rng.normal(size=(3, 5))) for _ in range(2000)], axis=0)
     assert flat[0] == pytest.approx(0.05, abs=0.015)
     steep = rng.normal(size=(3, 5)) + np.arange(0, 50, 10)
-    assert courses.differ(steep) == (True, True, False)
-    assert courses.differ(steep[:, ::-1]) == (True, True, True)
+    assert courses.looks(steep)[:3] == (True, True, False)
+    assert courses.looks(steep[:, ::-1])[:3] == (True, True, True)
+    assert courses.looks(steep[:, ::-1])[3] == pytest.approx(40, abs=3)
+
+
+def test_curves_of_one_course_look_as_luck_says() -> None:
+    rng = np.random.default_rng(0)
+    curves = [course + rng.normal(size=(3, 5)) for course in np.repeat([[0, 1, 2, 3, 3], [0, 4, 4, 4, 4]], 40, axis=0)]
+    lucky = courses.by_luck(curves, ["x"] * 40 + ["y"] * 40)
+    low, high = np.quantile(lucky, [0.01, 0.99], axis=0)
+    found = np.mean([courses.looks(c) for c in curves], axis=0)
+    assert ((low <= found) & (found <= high)).all()
+    assert found[3] > 0.3, "the best seems better than the last, of which it is the equal"
 
 
 def test_a_chooser_is_held_against_curves_by_hand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # 1.5 points lost by the last epoch of the one run, none by that of the other; half-way the other way round
-    dice = {"new-cosine-1": (0.4, 0.515, 0.5), "new-cosine-2": (0.4, 0.485, 0.5), "old-cosine-0": (0.9, 0.1, 0.1)}
+    dice = {"new-cosine-1": (0.4, 0.515, 0.5), "new-cosine-2": (0.4, 0.485, 0.5)}
     rows = [
         ("x", "test_resnet", "cosine", run, "free", epoch, seed, value + seed / 10)
         for run, values in dice.items()
         for seed in (0, 1)
         for epoch, value in zip((1, 8, 16), values, strict=True)
     ]
-    columns = ["dataset", "encoder", "scheme", "run", "state", "epoch", "seed", "dice"]
-    pd.DataFrame(rows, columns=columns).to_csv(tmp_path / "table.csv", index=False)
-    shipped = Path(chooser.__file__).with_name("chooser.json")
-    options = [str(shipped), str(tmp_path / "table.csv"), "-runs", "new-cosine-1", "new-cosine-2"]
-    monkeypatch.setattr(sys, "argv", ["new_curves.py", *options])
+    shipped = str(Path(chooser.__file__).with_name("chooser.json"))
+    monkeypatch.setattr(sys, "argv", ["new_curves.py", shipped, str(table_of(rows, tmp_path / "table.csv"))])
     new_curves.main()
     said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith("encoder free: 2 curves")
+    assert said[0].startswith("encoder free: 2 curves, 2 seeds")
     assert said[1].startswith("price 0.00: share 1.00, lost 0.75 (fixed there 0.75, last 0.75), expected 0.")
     expected, held = said[1].split("expected ")[1].split(", ")
     assert 0 < float(expected) < 1
     # a loss of 1.5 points lies outside what is said of the last epoch, none within
     assert held == "50% held in 90 % intervals"
+
+    monkeypatch.setattr(sys, "argv", ["new_curves.py", shipped, str(table_of(rows[:3], tmp_path / "one.csv"))])
+    with pytest.raises(SystemExit, match="trained with one seed"):
+        new_curves.main()
+    fitted_on = Path(new_curves.__file__).with_name("balanced.csv")
+    monkeypatch.setattr(sys, "argv", ["new_curves.py", shipped, str(fitted_on)])
+    with pytest.raises(SystemExit, match="was fitted on"):
+        new_curves.main()

@@ -1,12 +1,12 @@
 """Which network or recipe to start from: the last checkpoints of several runs, chosen among by a score.
 
-For each state and target the candidates are the ends of the runs of one pretraining seed; what is lost is Dice against the best of
-them, means over training seeds. A score chooses by its value alone, as ``-rule best`` does among published weights, so its values have
-to be comparable between networks; each is tried too less its value on random weights of the network. Beside it: any candidate, the one
-that is best on the other targets, the best logged accuracy, and the score that loses least on the other targets. Of a second pretraining
-seed also the score and the network that were best in the first. Intervals resample targets.
+For each state and target the candidates are the ends of all runs of a table; what is lost is Dice against the best of them, means over
+training seeds, and against a run taken at random. A score chooses by its value alone, as ``-rule best`` does among published weights, so its
+values have to be comparable between networks; each is tried too less its value on random weights of the network (one draw of them).
+Beside it: the run that is best on the other targets, the best logged accuracy, and the score that loses least on the other targets. With a
+second table, of another pretraining seed, also what was best in the first. Intervals are of 95 %, over targets.
 
-    python benchmarks/evidence/across_runs.py balanced.csv scores.csv.gz
+    python benchmarks/evidence/across_runs.py balanced.csv second_seed.csv -scores scores.csv.gz second_scores.csv.gz
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from repeat import FIRST, seed_of
+from courses import residual_variance
+from trainings import by_training, epochs_of, read_trainings, told
 
-from mtl_nnunet.curves import RANDOM, SCRATCH
+from mtl_nnunet.curves import RANDOM
 
 DRAWS = 10_000
 # each at the level that it has where none is named
@@ -31,30 +32,46 @@ SHOWN = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("downstream", type=Path)
-    parser.add_argument("scores", type=Path, nargs="+")
+    parser.add_argument("downstream", type=Path, nargs="+")
+    parser.add_argument("-scores", type=Path, nargs="+", required=True)
+    parser.add_argument(
+        "-without", nargs=2, action="append", default=[], metavar=("TARGET", "SEED"), help="a seed of a target"
+    )
     args = parser.parse_args()
-    downstream = pd.read_csv(args.downstream)
-    downstream = downstream[downstream["epoch"] != SCRATCH].astype({"epoch": int})
-    last = downstream[downstream["epoch"] == downstream["epoch"].max()]
+    tables = [read_trainings(path) for path in args.downstream]
     scores = pd.concat(pd.read_csv(path, dtype={"epoch": str}) for path in args.scores)
-    for state, of_state in last.groupby("state"):
-        losses = {}
-        for seed, rows in of_state.groupby(seed_of(of_state)):
-            # the same names in both pretraining seeds
+    for state in sorted(set.intersection(*(set(t["state"]) for t in tables))):
+        first = None
+        for path, table in zip(args.downstream, tables, strict=True):
+            of_state = table[table["state"] == state]
+            trained = by_training(of_state, with_scratch=False)
+            epoch = epochs_of(trained)[-1]
+            rows = (100 * trained[epoch]).rename("dice").reset_index()
+            for target, seed in args.without:
+                rows = rows[(rows["dataset"] != target) | (rows["seed"] != int(seed))]
             rows = rows.assign(run=rows["encoder"] + " " + rows["scheme"])
-            dice = 100 * rows.pivot_table(index="dataset", columns="run", values="dice")
-            accuracy = rows.pivot_table(index="dataset", columns="run", values="accuracy")
-            seeds = rows["seed"].nunique()
-            print(
-                f"\n## encoder {state}, pretraining seed {seed}: {dice.shape[1]} runs, {dice.shape[0]} targets, {seeds} seeds\n"
+            dice = rows.pivot_table(index="dataset", columns="run", values="dice")
+            logged = of_state[of_state["epoch"] == epoch]
+            accuracy = logged.assign(run=logged["encoder"] + " " + logged["scheme"]).pivot_table(
+                index="dataset", columns="run", values="accuracy"
             )
-            if seeds > 1:
-                print(
-                    f"noise of a mean of {seeds} seeds: {noise(rows):.1f} points; best minus worst run: {spread(dice):.1f}\n"
-                )
-            by_score = values_at_end(scores[seed_of(scores) == seed], str(last["epoch"].iloc[0]), dice)
-            losses[seed] = (dice, report(dice, accuracy, by_score, losses.get(FIRST)))
+            print(
+                f"\n## encoder {state}, {path.name}: {dice.shape[1]} runs, {dice.shape[0]} targets, {rows['seed'].nunique()} seeds\n"
+            )
+            if rows["seed"].nunique() > 1:
+                report_noise(rows, dice)
+            own = scores[scores["run"].isin(trained.index.unique("run"))]
+            first = (dice, report(dice, accuracy, values_at_end(own, epoch, dice), first))
+
+
+def report_noise(rows: pd.DataFrame, dice: pd.DataFrame) -> None:
+    """How far best and worst run lie apart, and how far they would if all runs were equal."""
+    by_target = {target: noise(part) for target, part in rows.groupby("dataset")}
+    apart = dice.max(axis=1) - dice.min(axis=1)
+    rng = np.random.default_rng(0)
+    width = float(np.ptp(rng.standard_normal((DRAWS, dice.shape[1])), axis=1).mean())
+    print("noise of a mean: " + ", ".join(f"{target} {error:.1f}" for target, error in by_target.items()))
+    print(f"best minus worst run: {apart.mean():.1f}; by noise alone {width * np.mean(list(by_target.values())):.1f}\n")
 
 
 def values_at_end(scores: pd.DataFrame, epoch: str, dice: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -111,11 +128,11 @@ def report(
         for name in SHOWN:
             losses |= {f"`{n}`": table[n] for n in (name, f"{name} less random weights") if n in table}
         losses[f"best of {table.shape[1]} in hindsight: `{table.mean().idxmin()}`"] = table[table.mean().idxmin()]
-    draws = np.random.default_rng(0).integers(0, len(best), (DRAWS, len(best)))
-    print("| chosen by | mean loss |\n|---|---|")
+    print("| chosen by | mean loss | less than any run |\n|---|---|---|")
     for name, loss in losses.items():
-        low, high = np.percentile(loss.to_numpy()[draws].mean(axis=1), [2.5, 97.5])
-        print(f"| {name} | {loss.mean():.2f} [{low:.2f}, {high:.2f}] |")
+        print(
+            f"| {name} | {told(loss.rename_axis('dataset'))} | {told((losses['any run'] - loss).rename_axis('dataset'))} |"
+        )
     better = (table.mean() < losses["any run"].mean()).sum()
     print(f"\n{better} of {table.shape[1]} variants lose less than any run does on average.")
     if first is not None and not table.empty:
@@ -133,17 +150,9 @@ def lost(dice: pd.DataFrame, values: pd.DataFrame) -> pd.Series:
 
 
 def noise(rows: pd.DataFrame) -> float:
-    """Standard error of the mean of a run's seeds, what all runs share in a seed taken off."""
-    table = 100 * rows.pivot_table(index=["dataset", "run"], columns="seed", values="dice")
-    rest = table.sub(table.mean(axis=1), axis=0)
-    rest -= rest.groupby("dataset").transform("mean")
-    runs, seeds = rows["run"].nunique(), table.shape[1]
-    freedom = rows["dataset"].nunique() * (runs - 1) * (seeds - 1)
-    return float(np.sqrt((rest**2).to_numpy().sum() / freedom / seeds))
-
-
-def spread(dice: pd.DataFrame) -> float:
-    return float((dice.max(axis=1) - dice.min(axis=1)).mean())
+    """Standard error of the mean of a run's seeds on one target, what all runs share in a seed taken off."""
+    table = rows.pivot_table(index="seed", columns="run", values="dice").to_numpy()
+    return float((residual_variance(table) / len(table)) ** 0.5)
 
 
 if __name__ == "__main__":

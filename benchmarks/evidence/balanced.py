@@ -1,8 +1,8 @@
 """The part of a table of downstream results in which every checkpoint has the same seeds.
 
 Seeds draw training cases, and an easy draw lifts every checkpoint that it was trained with: means over different seeds do not
-compare checkpoints. Where some epochs were trained with more seeds than others, this keeps the epochs named, and of each state
-the seeds that all of its curves have at all of them.
+compare checkpoints. This keeps the epochs named and random weights, and of each state the seeds that every target, network and run
+of the table has at all of them.
 
     python benchmarks/evidence/balanced.py downstream.csv balanced.csv -epochs 1 2 4 8 16
 """
@@ -13,6 +13,7 @@ import argparse
 from pathlib import Path
 
 import pandas as pd
+from trainings import KEY
 
 from mtl_nnunet.curves import SCRATCH
 
@@ -22,27 +23,39 @@ def main() -> None:
     parser.add_argument("table", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("-epochs", nargs="+", required=True)
+    parser.add_argument("-runs", nargs="+", help="only of these runs; default all")
     args = parser.parse_args()
-    kept = balanced(pd.read_csv(args.table, dtype=str, keep_default_na=False), args.epochs)
+    table = pd.read_csv(args.table, dtype=str, keep_default_na=False)
+    if args.runs is not None:
+        if missing := set(args.runs) - set(table["run"]):
+            raise SystemExit(f"{args.table} has no run {min(missing)}")
+        table = table[table["run"].isin([*args.runs, ""])]
+    kept = balanced(table, args.epochs)
     kept.to_csv(args.output, index=False, lineterminator="\n")
-    for state, rows in kept.groupby("state"):
-        curves = rows.loc[rows["run"] != "", ["dataset", "run"]].drop_duplicates()
+    for state, rows in table.groupby("state"):
+        seeds = sorted(set(kept.loc[kept["state"] == state, "seed"]), key=int)
+        left = sorted(set(rows["seed"]) - set(seeds), key=int)
+        curves = kept.loc[(kept["state"] == state) & (kept["run"] != ""), ["dataset", "run"]].drop_duplicates()
         print(
-            f"{state}: {len(curves)} curves of {len(args.epochs)} epochs, seeds {', '.join(sorted(set(rows['seed'])))}"
+            f"{state}: {len(curves)} curves of {len(args.epochs)} epochs, seeds {', '.join(seeds) or 'none'}"
+            f"{'; not complete: ' + ', '.join(left) if left else ''}"
         )
+    if set(kept["state"]) != set(table["state"]):
+        raise SystemExit("no seed is complete in one of the states")
 
 
 def balanced(table: pd.DataFrame, epochs: list[str]) -> pd.DataFrame:
-    """Rows of these epochs and of random weights, of the seeds that all curves of their state have."""
+    """Rows of these epochs and of random weights, of the seeds that are complete in their state.
+
+    Complete: every target with every run at every epoch, and with every network at random weights.
+
+    Raises:
+        SystemExit: A training stands there twice.
+    """
     table = table[table["epoch"].isin([*epochs, SCRATCH])]
-    parts = []
-    for _, rows in table.groupby("state"):
-        # a curve is one dataset and run; random weights have neither run nor scheme
-        cells = rows[["dataset", "encoder", "run", "epoch"]].drop_duplicates()
-        counts = rows.groupby("seed").size()
-        parts.append(rows[rows["seed"].isin(counts.index[counts == len(cells)])])
-    return pd.concat(parts)
-
-
-if __name__ == "__main__":
-    main()
+    if table.duplicated(KEY).any():
+        raise SystemExit(f"{int(table.duplicated(KEY).sum())} trainings stand in the table twice")
+    targets, runs = table["dataset"].nunique(), table.loc[table["run"] != "", "run"].nunique()
+    whole = targets * (runs * len(epochs) + table["encoder"].nunique())
+    counts = table.groupby(["state", "seed"])["dice"].transform("size")
+    return table[counts == whole].sort_values("state", kind="stable")

@@ -1,10 +1,12 @@
 """How Dice runs along a pretraining, how much curves differ in it beyond luck, and what the schedule does.
 
-Of each state: Dice points below the last epoch, mean of the curves and standard error over targets, and target by target; how much
-curves differ in that (their variance less that of the mean of the seeds) beside the noise of a single training; in how many curves
-epochs differ, by an F test (checkpoint + seed, 5 %), by best and worst two standard errors apart, and by an earlier epoch two standard
-errors above the last; and Dice by the one schedule less that by the other. With a table of shorter trainings, how well the orders of
-checkpoints agree; with one that has trainings from averaged weights, what these gain on the last epoch, seed by seed.
+Of each state: Dice points below the last epoch, over targets and target by target; how much curves differ in that (their variance less
+that of the mean of the seeds) beside the noise of a single training; in how many curves epochs differ, by an F test (checkpoint + seed,
+5 %), by best and worst two standard errors apart, and by an earlier epoch two standard errors above the last; what the last epoch seems to
+lose against the best; each beside what luck alone would give if all curves of a target had one course; Dice by the one schedule less that by
+the other; and how well one training agrees with the others on the order of epochs, beside the epochs themselves. With a table of
+shorter trainings, how well those agree; with one of averaged weights, what these gain on the last epoch, seed by seed. Intervals are of
+95 %, over targets.
 
     python benchmarks/evidence/courses.py balanced.csv -shorter downstream_80.csv -averages downstream.csv
 """
@@ -16,12 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from repeat import by_epoch, epochs_of, mean_and_error
 from scipy import stats
+from trainings import CURVE, by_training, epochs_of, read_trainings, told
 
 from mtl_nnunet.curves import AVERAGE, SCRATCH
 
-CURVE = ["dataset", "encoder", "scheme", "run"]
+DRAWS = 1000
 
 
 def main() -> None:
@@ -31,8 +33,7 @@ def main() -> None:
     parser.add_argument("-averages", type=Path, help="table with trainings from averaged weights")
     args = parser.parse_args()
     table, shorter, averages = (
-        None if path is None else pd.read_csv(path, dtype={"epoch": str})
-        for path in (args.table, args.shorter, args.averages)
+        None if path is None else read_trainings(path) for path in (args.table, args.shorter, args.averages)
     )
     for state, rows in table.groupby("state"):
         dice = by_training(rows)
@@ -40,34 +41,33 @@ def main() -> None:
         print(f"\n## encoder {state}: {curves} curves, {len(seeds)} seeds\n")
         below = 100 * dice.rsub(dice.iloc[:, -1], axis=0)
         report_course(below)
+        dice = 100 * dice[epochs_of(dice)]
         if len(seeds) > 1:
-            print(f"\n| | {' | '.join(below.columns[:-1])} |\n{'|---' * below.shape[1]}|")
-            parts = [variation(below[epoch].unstack("seed")) for epoch in below.columns[:-1]]
-            print("| curves differ by (standard deviation) | " + " | ".join(f"{own:.1f}" for own, _ in parts) + " |")
-            print("| noise of one training | " + " | ".join(f"{noise:.1f}" for _, noise in parts) + " |\n")
-            report_tests(dice[epochs_of(dice)])
-        report_schedules(dice[epochs_of(dice)])
+            report_variation(below)
+            report_luck(dice)
+            report_orders(dice)
+        report_schedules(dice)
         if shorter is not None:
-            report_orders(rows, shorter[shorter["state"] == state])
+            report_shorter(dice, by_training(whole_seed(shorter[shorter["state"] == state]), with_scratch=False))
         if averages is not None:
             report_averages(averages[averages["state"] == state])
-
-
-def by_training(rows: pd.DataFrame) -> pd.DataFrame:
-    """Dice, a row a curve and seed; random weights of the same target, network and seed first, then epochs in their order."""
-    of_runs = rows[rows["epoch"] != SCRATCH].pivot_table(index=[*CURVE, "seed"], columns="epoch", values="dice")
-    of_runs = of_runs[sorted(of_runs, key=int)].dropna()
-    scratch = rows[rows["epoch"] == SCRATCH].set_index(["dataset", "encoder", "seed"])["dice"]
-    of_runs.insert(0, SCRATCH, [scratch[dataset, encoder, seed] for dataset, encoder, *_, seed in of_runs.index])
-    return of_runs
 
 
 def report_course(below: pd.DataFrame) -> None:
     columns = below.columns[:-1]
     print(f"| below the last epoch | {' | '.join(columns)} |\n{'|---' * (len(columns) + 1)}|")
-    print("| mean | " + " | ".join(mean_and_error(below[epoch]) for epoch in columns) + " |")
+    print("| mean | " + " | ".join(told(below[epoch]) for epoch in columns) + " |")
     for target, part in below.groupby(level="dataset"):
         print(f"| {target} | " + " | ".join(f"{part[epoch].mean():.1f}" for epoch in columns) + " |")
+
+
+def report_variation(below: pd.DataFrame) -> None:
+    columns = below.columns[:-1]
+    found = {epoch: below[epoch].unstack("seed") for epoch in columns}
+    print(f"\n| | {' | '.join(columns)} |\n{'|---' * (len(columns) + 1)}|")
+    own = (f"{variation(t)[0]:.1f} [{', '.join(f'{x:.1f}' for x in own_interval(t))}]" for t in found.values())
+    print(f"| curves differ by (standard deviation) | {' | '.join(own)} |")
+    print(f"| noise of one training | {' | '.join(f'{variation(t)[1]:.1f}' for t in found.values())} |\n")
 
 
 def variation(by_seed: pd.DataFrame) -> tuple[float, float]:
@@ -82,60 +82,134 @@ def variation(by_seed: pd.DataFrame) -> tuple[float, float]:
     return max(own, 0.0) ** 0.5, noise**0.5
 
 
-def report_tests(dice: pd.DataFrame) -> None:
-    found = np.array([differ(100 * curve.to_numpy()) for _, curve in dice.groupby(level=CURVE)])
-    differing, apart, ahead = (int(n) for n in found.sum(axis=0))
+def own_interval(by_seed: pd.DataFrame) -> tuple[float, float]:
+    """95 % bootstrap interval of the first of ``variation``; targets are drawn."""
+    parts = [part for _, part in by_seed.groupby(level="dataset")]
+    rng = np.random.default_rng(0)
+    drawn = (pd.concat([parts[i] for i in rng.integers(0, len(parts), len(parts))]) for _ in range(DRAWS))
+    low, high = np.quantile([variation(table)[0] for table in drawn], [0.025, 0.975])
+    return float(low), float(high)
+
+
+def report_luck(dice: pd.DataFrame) -> None:
+    """Counts of curves whose epochs differ, and what the last seems to lose, beside what luck alone gives."""
+    curves = [curve.to_numpy() for _, curve in dice.groupby(level=CURVE)]
+    names = [name[0] for name, _ in dice.groupby(level=CURVE)]
+    found, lucky = np.mean([looks(c) for c in curves], axis=0), by_luck(curves, names)
+    low, high = np.quantile(lucky, [0.025, 0.975], axis=0)
+    words = (
+        "epochs differ by the F test",
+        "best and worst are two standard errors apart",
+        "an earlier epoch is two standard errors above the last",
+    )
+    n = len(curves)
+    for i, name in enumerate(words):
+        print(
+            f"{name}: {n * found[i]:.0f} of {n} curves; by luck {n * lucky[:, i].mean():.1f} [{n * low[i]:.0f}, {n * high[i]:.0f}]"
+        )
     print(
-        f"epochs differ: by the F test in {differing} of {len(found)} curves, best and worst by two standard errors in {apart}; "
-        f"an earlier one beats the last by two in {ahead}"
+        f"the last epoch seems to lose against the best {found[3]:.2f}; by luck {lucky[:, 3].mean():.2f} [{low[3]:.2f}, {high[3]:.2f}]"
     )
 
 
-def differ(dice: np.ndarray) -> tuple[bool, bool, bool]:
-    """Whether epochs differ by the F test, best and worst by two standard errors, and the best from the last; shape (S, K)."""
+def looks(dice: np.ndarray) -> tuple[bool, bool, bool, float]:
+    """Whether epochs differ by the F test, best and worst by two standard errors, and the best from the last; what the last loses.
+
+    Args:
+        dice: Shape (S, K).
+    """
     seeds, epochs = dice.shape
-    mean = dice.mean(0)
-    rest = dice - mean - dice.mean(1, keepdims=True) + dice.mean()
-    noise = (rest**2).sum() / ((seeds - 1) * (epochs - 1))
-    ratio = seeds * mean.var(ddof=1) / noise
+    mean, noise = dice.mean(0), residual_variance(dice)
     error = (2 * noise / seeds) ** 0.5
+    ratio = seeds * mean.var(ddof=1) / noise
     return (
         bool(stats.f.sf(ratio, epochs - 1, (seeds - 1) * (epochs - 1)) < 0.05),
         bool(mean.max() - mean.min() > 2 * error),
         bool(mean.max() - mean[-1] > 2 * error),
+        float(mean.max() - mean[-1]),
     )
 
 
+def residual_variance(dice: np.ndarray) -> float:
+    """Of Dice = checkpoint + seed + rest, the variance of the rest, shape (S, K)."""
+    seeds, epochs = dice.shape
+    rest = dice - dice.mean(0) - dice.mean(1, keepdims=True) + dice.mean()
+    return float((rest**2).sum() / ((seeds - 1) * (epochs - 1)))
+
+
+def by_luck(curves: list[np.ndarray], targets: list[str]) -> np.ndarray:
+    """Means of ``looks`` over simulated curves that have the mean course of their target and their own noise, shape (DRAWS, 4)."""
+    rng = np.random.default_rng(0)
+    courses = {
+        t: np.mean([c.mean(0) for c, name in zip(curves, targets, strict=True) if name == t], axis=0) for t in targets
+    }
+    simulated = [
+        courses[t] + residual_variance(c) ** 0.5 * rng.standard_normal((DRAWS, *c.shape))
+        for c, t in zip(curves, targets, strict=True)
+    ]
+    return np.array([np.mean([looks(c[draw]) for c in simulated], axis=0) for draw in range(DRAWS)])
+
+
+def report_orders(dice: pd.DataFrame) -> None:
+    """Mean Spearman correlation over curves of one seed, and of the epochs, with the mean of the other seeds."""
+    seeds = dice.index.unique("seed")
+    of_one, of_epochs = [], []
+    for seed in seeds:
+        is_one = dice.index.get_level_values("seed") == seed
+        others = dice[~is_one].groupby(level=CURVE).mean()
+        of_one.append(rank_agreement(dice[is_one].droplevel("seed"), others))
+        of_epochs.append(rank_agreement(others * 0 + np.arange(dice.shape[1]), others))
+    print(
+        f"order of epochs: one training agrees with {len(seeds) - 1} others by a Spearman correlation of "
+        f"{told(pd.concat(of_one, axis=1).mean(axis=1))}, the epochs themselves by {told(pd.concat(of_epochs, axis=1).mean(axis=1))}"
+    )
+
+
+def rank_agreement(one: pd.DataFrame, other: pd.DataFrame) -> pd.Series:
+    """Spearman correlation of each curve that both tables have."""
+    shared = one.index.intersection(other.index)
+    return pd.Series([one.loc[c].corr(other.loc[c, one.columns], method="spearman") for c in shared], index=shared)
+
+
 def report_schedules(dice: pd.DataFrame) -> None:
-    first, second = sorted(dice.index.unique("scheme"))[:2]
-    means = 100 * dice.groupby(level=["dataset", "encoder", "scheme"]).mean()
-    gain = means.xs(first, level="scheme") - means.xs(second, level="scheme")
-    print(f"{first} less {second}: " + ", ".join(f"{epoch} {mean_and_error(gain[epoch])}" for epoch in gain))
+    schemes = sorted(dice.index.unique("scheme"))
+    if len(schemes) < 2:
+        return
+    means = dice.groupby(level=["dataset", "encoder", "scheme", "seed"]).mean()
+    gain = means.xs(schemes[0], level="scheme") - means.xs(schemes[1], level="scheme")
+    print(f"{schemes[0]} less {schemes[1]}: " + ", ".join(f"{epoch} {told(gain[epoch])}" for epoch in gain))
 
 
-def report_orders(rows: pd.DataFrame, shorter: pd.DataFrame) -> None:
-    """Mean Spearman correlation over curves of the seed of the shorter trainings with the other seeds of the longer ones."""
-    seed = shorter["seed"].mode()[0]
-    one = by_epoch(shorter[(shorter["seed"] == seed) & shorter["epoch"].isin(rows["epoch"])], CURVE)
-    same, others = (by_epoch(rows[(rows["seed"] == seed) == is_same], CURVE) for is_same in (True, False))
-    for name, table in (("of one seed", same), ("shorter", one)):
-        shared = table.index.intersection(others.index)
-        order = [table.loc[c].corr(others.loc[c, table.columns], method="spearman") for c in shared]
-        print(
-            f"order of epochs by trainings {name} and by those of other seeds, {len(shared)} curves: Spearman {np.mean(order):.2f}"
-        )
+def whole_seed(rows: pd.DataFrame) -> pd.DataFrame:
+    """The trainings of the seed that has most of them."""
+    return rows[rows["seed"] == rows["seed"].mode()[0]]
+
+
+def report_shorter(dice: pd.DataFrame, shorter: pd.DataFrame) -> None:
+    """How well shorter trainings of one seed agree with the longer ones of the other seeds."""
+    (seed,) = shorter.index.unique("seed")
+    others = dice[dice.index.get_level_values("seed") != seed].groupby(level=CURVE).mean()
+    if others.empty:
+        return
+    one = shorter.droplevel("seed")[list(others)]
+    print(
+        f"order of epochs: shorter trainings of seed {seed} agree with longer ones of others by {told(rank_agreement(one, others))}"
+    )
 
 
 def report_averages(rows: pd.DataFrame) -> None:
-    """Dice points over the last epoch, by pairs of the same seed; each schedule."""
+    """Dice points over the last epoch, by pairs of the same seed; of the seeds that all targets have."""
     dice = 100 * rows[rows["epoch"] != SCRATCH].pivot_table(index=[*CURVE, "seed"], columns="epoch", values="dice")
-    averages = [epoch for epoch in dice if epoch.startswith(AVERAGE)]
-    last = max((epoch for epoch in dice if epoch not in averages), key=int)
-    for name in averages:
+    last = max((epoch for epoch in dice if not epoch.startswith(AVERAGE)), key=int)
+    for name in (epoch for epoch in dice if epoch.startswith(AVERAGE)):
         gain = (dice[name] - dice[last]).dropna()
-        by_scheme = ", ".join(f"{scheme} {mean_and_error(part)}" for scheme, part in gain.groupby(level="scheme"))
+        whole = gain.groupby(level="seed").transform("size") == gain.groupby(level="seed").size().max()
+        if gain[whole].index.unique("dataset").size < rows["dataset"].nunique():
+            continue
+        gain = gain[whole]
+        by_scheme = ", ".join(f"{scheme} {told(part)}" for scheme, part in gain.groupby(level="scheme"))
         curves, seeds = gain.groupby(level=CURVE).ngroups, gain.index.unique("seed")
-        print(f"{name} less the last epoch, {curves} curves, {len(seeds)} seeds: {mean_and_error(gain)}; {by_scheme}")
+        print(f"{name} less the last epoch, {curves} curves, {len(seeds)} seeds: {told(gain)}; {by_scheme}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Does a chooser keep what it says on curves that came after it?
 
 What the chooser expects a checkpoint to lose, and the 90 % interval of that, beside what was measured; at each price of a whole
-pretraining the loss of what it takes, of the last epoch, and of stopping everywhere at the same mean share. Judge only on runs that
-it was not fitted on.
+pretraining the loss of what it takes, of the last epoch, and of stopping everywhere at the same mean share. A table that it was fitted
+on is refused. Curves differ from the fitted ones in what the table says: here in the pretraining, not in target or network.
 
-    python benchmarks/evidence/new_curves.py mtl_nnunet/chooser.json balanced.csv -runs test_resnet-cosine-1 ...
+    python benchmarks/evidence/new_curves.py mtl_nnunet/chooser.json second_seed.csv
 """
 
 from __future__ import annotations
@@ -18,25 +18,33 @@ from mtl_nnunet.chooser import Chooser, draw_curves, read_chooser, shortest_inte
 from mtl_nnunet.chooser_fit import TYPICAL_PRICES, HeldOut, seed_variances
 from mtl_nnunet.curves import Curve, read_curves
 from mtl_nnunet.evaluation import fixed_line, same_budget
+from mtl_nnunet.files import sha256
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("chooser", type=Path)
     parser.add_argument("table", type=Path)
-    parser.add_argument("-runs", nargs="+", required=True, help="pretraining runs that it was not fitted on")
     args = parser.parse_args()
     chooser = read_chooser(args.chooser)
-    curves = [c for c in read_curves(args.table) if c.run in args.runs]
+    if sha256(args.table) in chooser.provenance["tables"].values():
+        raise SystemExit(f"{args.chooser} was fitted on {args.table}. Pass a table that came after it.")
+    curves = read_curves(args.table)
     for state in sorted({c.state for c in curves}):
         held = said_of([c for c in curves if c.state == state], chooser)
-        print(f"encoder {state}: {len(held)} curves, losses in Dice points")
+        print(f"encoder {state}: {len(held)} curves, {seeds_in_words(held)}, losses in Dice points")
         for price in TYPICAL_PRICES:
             print(line(held, price, chooser.states[state].prior.loss_factor))
 
 
 def said_of(curves: list[Curve], chooser: Chooser) -> list[HeldOut]:
-    """What it says of each curve by epochs alone, with the noise of the seeds that the measured Dice has."""
+    """What it says of each curve by epochs alone, with the noise of the seeds that the measured Dice has.
+
+    Raises:
+        SystemExit: Trainings of one seed, whose noise nobody knows.
+    """
+    if all(np.isfinite(c.dice).sum(1).max() < 2 for c in curves):
+        raise SystemExit("every checkpoint was trained with one seed, so the noise of what was measured is not known.")
     held = []
     for c, variance in zip(curves, seed_variances(curves), strict=True):
         draws = draw_curves(chooser.states[c.state].prior, c.epochs.astype(float), {})
@@ -44,6 +52,11 @@ def said_of(curves: list[Curve], chooser: Chooser) -> list[HeldOut]:
         expected = (draws.max(1, keepdims=True) - draws).mean(0)
         held.append(HeldOut(c, c.run, expected, noisy.max(1, keepdims=True) - noisy))
     return held
+
+
+def seeds_in_words(held: list[HeldOut]) -> str:
+    counts = {int(n) for h in held for n in np.isfinite(h.curve.dice).sum(1)}
+    return f"{min(counts)} to {max(counts)} seeds" if len(counts) > 1 else f"{min(counts)} seeds"
 
 
 def line(held: list[HeldOut], price: float, factor: float) -> str:
