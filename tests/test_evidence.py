@@ -120,6 +120,17 @@ def test_pixels_that_do_not_count_are_neither_trained_on_nor_tested(target: targ
     assert downstream.test(Oracle(), target, "cpu") == (1.0, 1.0)
 
 
+@pytest.mark.parametrize(("asked", "pretrained", "from_random"), [(None, 0.75, 1), (0.5, 0.5, 0.5)])
+def test_layer_decay_is_for_pretrained_weights_unless_asked_for(
+    target: targets.Target, demo_run: Path, asked: float | None, pretrained: float, from_random: float
+) -> None:
+    paths = (find_checkpoints([demo_run])[-1].path,)
+    for checkpoints, expected in ((paths, pretrained), ((), from_random)):
+        job = downstream.Job("x", "test_resnet", "", "", "free", "1", 0, checkpoints=checkpoints)
+        _, how = downstream.network_of(job, target, 1e-3, "cpu", asked)
+        assert how.layer_decay == expected
+
+
 def test_averaged_weights_lie_in_the_middle(demo_run: Path) -> None:
     paths = tuple(c.path for c in find_checkpoints([demo_run])[-2:])
     first, second = (read_contents(path).weights for path in paths)

@@ -85,6 +85,9 @@ def main() -> None:
     parser.add_argument("-epochs", nargs="+", help="of each run, and average-3; default all")
     parser.add_argument("-iterations", type=int, default=ITERATIONS)
     parser.add_argument("-lr", type=float, default=RATE)
+    parser.add_argument(
+        "-layer_decay", type=float, help="of all trainings; default MTLTrainer's, and 1 from random weights"
+    )
     args = parser.parse_args()
     files = {name: prepared(name, args.raw, args.work) for name in args.d}
     file, done = opened(args.o, COLUMNS, COLUMNS[:7])
@@ -93,7 +96,8 @@ def main() -> None:
     version = made_with()
     started = time.monotonic()
     results = Parallel(n_jobs=args.num_proc, batch_size=1, return_as="generator")(
-        delayed(train_and_test)(job, files[job.dataset], args.iterations, args.lr, args.device) for job in jobs
+        delayed(train_and_test)(job, files[job.dataset], args.iterations, args.lr, args.device, args.layer_decay)
+        for job in jobs
     )
     with file:
         writer = csv.writer(file, lineterminator="\n")
@@ -175,16 +179,20 @@ def accuracies(folder: Path) -> dict[str, str]:
         return {row["epoch"]: row["eval_top1"] for row in csv.DictReader(file)}
 
 
-def train_and_test(job: Job, file: Path, iterations: int, lr: float, device: str) -> tuple[float, float, float]:
+def train_and_test(
+    job: Job, file: Path, iterations: int, lr: float, device: str, layer_decay: float | None = None
+) -> tuple[float, float, float]:
     """Both kinds of Dice on the test patients of one training, and the seconds that it took."""
     started = time.monotonic()
     target = read(file)
-    network, how = network_of(job, target, lr, device)
+    network, how = network_of(job, target, lr, device, layer_decay)
     train(network, target, training_slices(target, job.seed), how, iterations, job.seed, device)
     return *test(network, target, device), time.monotonic() - started
 
 
-def network_of(job: Job, target: Target, lr: float, device: str) -> tuple[TimmUNet, Recipe]:
+def network_of(
+    job: Job, target: Target, lr: float, device: str, layer_decay: float | None = None
+) -> tuple[TimmUNet, Recipe]:
     """The network that a training starts from, and its recipe."""
     if device == "cpu":
         torch.set_num_threads(1)
@@ -204,7 +212,9 @@ def network_of(job: Job, target: Target, lr: float, device: str) -> tuple[TimmUN
     frozen = job.state == "frozen"
     network.encoder.frozen = frozen
     # pretrained layers learn the slower the shallower they are; random ones have nothing to keep
-    decay = {} if job.checkpoints else {"layer_decay": 1}
+    decay: dict[str, float] = {} if job.checkpoints else {"layer_decay": 1}
+    if layer_decay is not None:
+        decay = {"layer_decay": layer_decay}
     return network, recipe({"lr": lr, **decay, **({"frozen_epochs": "all"} if frozen else {})})
 
 
