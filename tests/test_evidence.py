@@ -553,3 +553,13 @@ def test_a_chooser_is_held_against_curves_by_hand(
     monkeypatch.setattr(sys, "argv", ["new_curves.py", shipped, str(fitted_on)])
     with pytest.raises(SystemExit, match="was fitted on"):
         new_curves.main()
+
+
+def test_every_script_runs_when_it_is_called() -> None:
+    scripts = {p.stem: p.read_text(encoding="utf-8") for p in Path(courses.__file__).parent.glob("*.py")}
+    assert len(scripts) > 10
+    assert not [
+        name
+        for name, text in scripts.items()
+        if "\ndef main(" in text and "\n    main()\n" not in text[-40:] and f"{name}.main()" not in text[-60:]
+    ]

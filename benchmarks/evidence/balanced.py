@@ -59,3 +59,7 @@ def balanced(table: pd.DataFrame, epochs: list[str]) -> pd.DataFrame:
     whole = targets * (runs * len(epochs) + table["encoder"].nunique())
     counts = table.groupby(["state", "seed"])["dice"].transform("size")
     return table[counts == whole].sort_values("state", kind="stable")
+
+
+if __name__ == "__main__":
+    main()
