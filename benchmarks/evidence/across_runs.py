@@ -27,6 +27,9 @@ SHOWN = (
     *(f"{name}:level=-1" for name in ("contrastive", "infonce", "rankme", "alignment")),
     "robustness:level=-2",
     *(f"{name}:level=all" for name in ("ccfv", "logme", "hscore", "knn", "probe", "gbc")),
+    "probe:level=-4",
+    "knn:level=-4",
+    "tree:level=all",
 )
 
 

@@ -34,6 +34,11 @@ SHOWN = (
     "ccfv:level=all",
     "probe:level=all",
     "knn:level=-1",
+    "rankme:level=-1",
+    "tree:level=all",
+    "tree:pixels=boundary,level=all",
+    "knn:pixels=boundary,level=all",
+    "ccfv:pixels=boundary,level=all",
 )
 
 
