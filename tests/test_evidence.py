@@ -488,7 +488,9 @@ def test_courses_and_what_is_luck_in_them_by_hand(
         for (d, gain), more in zip(targets_of, (0.02, 0.03, 0.04), strict=True)
     ]
     averages = table_of(rows, tmp_path / "averages.csv")
-    monkeypatch.setattr(sys, "argv", ["courses.py", str(table), "-averages", str(averages)])
+    other = [(d, "net", "", "", "free", "scratch", seed, 0.45 - 0.01 * seed) for d in "xyz" for seed in (0, 1)]
+    scratch = str(table_of(other, tmp_path / "scratch.csv"))
+    monkeypatch.setattr(sys, "argv", ["courses.py", str(table), "-averages", str(averages), "-scratch", scratch])
     courses.main()
     said = capsys.readouterr().out
     assert "## encoder free: 6 curves, 2 seeds" in said
@@ -501,6 +503,7 @@ def test_courses_and_what_is_luck_in_them_by_hand(
     assert "fast less slow: 1 0.00 [0.00, 0.00], 2 2.00 [2.00, 2.00]" in said
     assert "an earlier epoch is two standard errors above the last: 0 of 6 curves" in said
     assert "agrees with 1 others by a Spearman correlation of 1.00 [1.00, 1.00], the epochs themselves by 1.00" in said
+    assert "on random weights by the other recipe: scratch 0.50 [0.50, 0.50], 1 5.50 [5.50, 5.50]" in said
     assert "average-3 less the last epoch, 3 curves, 1 seeds: 3.00 [0.52, 5.48]; slow 3.00 [0.52, 5.48]" in said
 
 

@@ -5,10 +5,10 @@ that of the mean of the seeds) beside the noise of a single training; in how man
 5 %), by best and worst two standard errors apart, and by an earlier epoch two standard errors above the last; what the last epoch seems to
 lose against the best; each beside what luck alone would give if all curves of a target had one course; Dice by the one schedule less that by
 the other; and how well one training agrees with the others on the order of epochs, beside the epochs themselves. With a table of
-shorter trainings, how well those agree; with one of averaged weights, what these gain on the last epoch, seed by seed. Intervals are of
-95 %, over targets.
+shorter trainings, how well those agree; with one of averaged weights, what these gain on the last epoch, seed by seed; with one of
+random weights by another recipe, what every epoch gains on those. Intervals are of 95 %, over targets.
 
-    python benchmarks/evidence/courses.py balanced.csv -shorter downstream_80.csv -averages downstream.csv
+    python benchmarks/evidence/courses.py balanced.csv -shorter downstream_80.csv -averages downstream.csv -scratch layer_decay.csv
 """
 
 from __future__ import annotations
@@ -31,9 +31,11 @@ def main() -> None:
     parser.add_argument("table", type=Path)
     parser.add_argument("-shorter", type=Path, help="table of shorter trainings of the same curves")
     parser.add_argument("-averages", type=Path, help="table with trainings from averaged weights")
+    parser.add_argument("-scratch", type=Path, help="table with trainings from random weights by another recipe")
     args = parser.parse_args()
-    table, shorter, averages = (
-        None if path is None else read_trainings(path) for path in (args.table, args.shorter, args.averages)
+    table, shorter, averages, scratch = (
+        None if path is None else read_trainings(path)
+        for path in (args.table, args.shorter, args.averages, args.scratch)
     )
     for state, rows in table.groupby("state"):
         dice = by_training(rows)
@@ -51,6 +53,8 @@ def main() -> None:
             report_shorter(dice, by_training(whole_seed(shorter[shorter["state"] == state]), with_scratch=False))
         if averages is not None:
             report_averages(averages[averages["state"] == state])
+        if scratch is not None and state in set(scratch["state"]):
+            report_scratch(rows, scratch[scratch["state"] == state])
 
 
 def report_course(below: pd.DataFrame) -> None:
@@ -210,6 +214,15 @@ def report_averages(rows: pd.DataFrame) -> None:
         by_scheme = ", ".join(f"{scheme} {told(part)}" for scheme, part in gain.groupby(level="scheme"))
         curves, seeds = gain.groupby(level=CURVE).ngroups, gain.index.unique("seed")
         print(f"{name} less the last epoch, {curves} curves, {len(seeds)} seeds: {told(gain)}; {by_scheme}")
+
+
+def report_scratch(rows: pd.DataFrame, scratch: pd.DataFrame) -> None:
+    """What random weights by their own recipe, and every epoch, gain on random weights by the other; by pairs of the same seed."""
+    by = ["dataset", "encoder", "seed"]
+    other = scratch[scratch["epoch"] == SCRATCH].set_index(by)["dice"]
+    dice = rows.pivot_table(index=by, columns="epoch", values="dice").loc[other.index]
+    gain = 100 * dice[[SCRATCH, *sorted(epochs_of(dice), key=int)]].sub(other, axis=0)
+    print("gain on random weights by the other recipe: " + ", ".join(f"{epoch} {told(gain[epoch])}" for epoch in gain))
 
 
 if __name__ == "__main__":
