@@ -182,7 +182,7 @@ def cases_to_score(
     Raises:
         UserError: No such dataset, or a fold that cannot be kept out.
     """
-    fold = _parsed_fold(fold)
+    fold = parsed_fold(fold)
     labelled = any(score.labels for score in scores)
     if fold is not None and not labelled:
         raise UserError(
@@ -191,7 +191,9 @@ def cases_to_score(
         )
     fold = "all" if labelled and fold is None else fold
     found = _found(dataset, skip_bad_cases)
-    return _training_cases(found, fold) if isinstance(fold, int) else found, fold
+    if found.without_fold is not None and fold not in (None, "all", found.without_fold):
+        raise UserError(f"fold is {fold}, and the validation cases of fold {found.without_fold} are left out already.")
+    return _training_cases(found, fold) if isinstance(fold, int) and found.without_fold is None else found, fold
 
 
 def scores_of_the_chooser(state: str, there: Sequence[Score], chooser: Path | None = None) -> list[Score]:
@@ -235,7 +237,12 @@ def _found(dataset: Dataset | int | str | Path, skip_bad_cases: bool) -> Dataset
     return find_nnunet_dataset(dataset, skip_bad_cases)
 
 
-def _parsed_fold(fold: Any) -> int | str | None:
+def parsed_fold(fold: Any) -> int | str | None:
+    """A fold as it was passed: a number, ``all`` or None.
+
+    Raises:
+        UserError: It is something else.
+    """
     if fold is None:
         return None
     if fold == "all":
