@@ -165,14 +165,15 @@ def find_image_folder(
     )
     if not files:
         raise UserError(f"no image in {path}: expected files ending in {', '.join(PLAIN_ENDINGS)}.")
-    cases = tuple(Case(name, name, images) for name, images in _grouped(files, path, skip_bad_cases))
+    cases = tuple(Case(name, name, images) for name, images in _grouped(files, path))
     return _monai_dataset(path.resolve().name, cases, channel_names, path, skip_bad_cases)
 
 
-def _grouped(files: Sequence[Path], where: Path, skip_bad_cases: bool) -> list[tuple[str, tuple[Path, ...]]]:
+def _grouped(files: Sequence[Path], where: Path) -> list[tuple[str, tuple[Path, ...]]]:
     """Name and image files of each case of a plain folder."""
     by_stem: dict[str, Path] = {}
     numbered: dict[str, dict[int, Path]] = {}
+    without_number: list[str] = []
     for file in files:
         stem = _stem(file.name, PLAIN_ENDINGS)
         if stem in by_stem:
@@ -183,12 +184,14 @@ def _grouped(files: Sequence[Path], where: Path, skip_bad_cases: bool) -> list[t
         by_stem[stem] = file
         if re.search(r"._\d{4}$", stem):
             numbered.setdefault(stem[:-5], {})[int(stem[-4:])] = file
+        else:
+            without_number.append(file.name)
     every = list(range(max(map(len, numbered.values()), default=0)))
     odd = [name for name, found in numbered.items() if list(found) != every]
     like_channels = [n for n, found in numbered.items() if len(found) > 1 and list(found) == list(range(len(found)))]
-    all_numbered = sum(map(len, numbered.values())) == len(by_stem)
-    few_lack_some = skip_bad_cases and all(set(numbered[name]) < set(every) for name in odd)
-    if all_numbered and every and (not odd or (like_channels and few_lack_some)):
+    # slices that are numbered from 0 are seldom as many in most cases
+    few_lack_some = 2 * len(odd) < len(numbered) and all(set(numbered[name]) < set(every) for name in odd)
+    if few_lack_some and not without_number:
         if len(numbered) == 1 and len(every) > 1:
             raise UserError(
                 f"the {len(every)} images in {where} are numbered from 0000 as channels of one case ({like_channels[0]}), and at least two "
@@ -201,7 +204,7 @@ def _grouped(files: Sequence[Path], where: Path, skip_bad_cases: bool) -> list[t
         if other is not None:
             has = f"{other} has {listed([f'{i:04d}' for i in numbered[other]], 3)}"
         else:
-            has = f"{next(f.name for s, f in by_stem.items() if s[:-5] not in numbered)} has no number"
+            has = f"{without_number[0]} has no number"
         raise UserError(
             f"in {where}, files are numbered like channels of a case ({name} has 0000 to {len(numbered[name]) - 1:04d}), but not all of them "
             f"alike ({has}). Channels: name them CASE_0000, CASE_0001, ..., the same for every case. Images of their own: number them "

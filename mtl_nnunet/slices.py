@@ -385,7 +385,8 @@ def _normalized_slices(
         get_normalization_scheme,
     )
 
-    normalized = np.array(voxels[(slice(None), *kept)], dtype=np.float32)
+    positions, rows, columns = kept
+    normalized = np.array(voxels[:, positions, rows, columns], dtype=np.float32)
     for channel, name in enumerate(channel_names):
         scheme = get_normalization_scheme(name)
         # CT waits for the statistics of the whole dataset
@@ -394,7 +395,9 @@ def _normalized_slices(
         honours_mask = scheme.leaves_pixels_outside_mask_at_zero_if_use_mask_for_norm_is_true
         try:
             normalizer = scheme(use_mask_for_norm=bool(use_mask and honours_mask), intensityproperties={})
-            normalized[channel] = normalizer.run(np.array(voxels[channel], dtype=np.float32), mask[0])[kept]
+            normalized[channel] = normalizer.run(np.array(voxels[channel], dtype=np.float32), mask[0])[
+                positions, rows, columns
+            ]
         except AssertionError as error:
             raise UserError(
                 f"case {case.name}: channel {channel} ('{name}') cannot be normalised by nnU-Net's {scheme.__name__}: {error}. "
