@@ -55,6 +55,7 @@ class Dataset:
         reader: nnU-Net's name of the reader that nnU-Net would choose, or ``monai``.
         ignore_label: The label that says "not annotated", or None.
         skipped: Cases that were left out because a file is missing, with the reason, where the caller allowed it.
+        without_fold: Whose validation cases were left out, or None.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Dataset:
     reader: str
     ignore_label: int | None = None
     skipped: tuple[tuple[str, str], ...] = ()
+    without_fold: int | None = None
 
     @property
     def num_patients(self) -> int:
@@ -136,8 +138,9 @@ def find_image_folder(
 ) -> Dataset:
     """Cases of a plain folder of images, or of a Decathlon/MONAI datalist; read with MONAI.
 
-    Files named ``CASE_0000.ext``, ``CASE_0001.ext`` are channels of one case, as in nnU-Net; otherwise every file is a
-    case. A folder with a Decathlon ``dataset.json`` is read as that datalist.
+    Files named ``CASE_0000.ext``, ``CASE_0001.ext`` are channels of one case, as in nnU-Net, where every case has the same numbers
+    from 0000; otherwise every file is a case. Names that start with a dot are passed over. A folder with a Decathlon ``dataset.json``
+    is read as that datalist.
 
     Args:
         path: Folder, or a datalist in JSON.
@@ -145,7 +148,8 @@ def find_image_folder(
         skip_bad_cases: Go on without cases that lack a channel, up to a tenth, and name them in ``Dataset.skipped``.
 
     Raises:
-        UserError: Nothing there, not a datalist, or fewer than two cases.
+        UserError: Nothing there, not a datalist, fewer than two cases, two files of one name but for the ending, or files of
+            which only some are numbered like channels.
     """
     path = Path(path)
     datalist = path / "dataset.json" if path.is_dir() else path
@@ -155,16 +159,58 @@ def find_image_folder(
         raise UserError(
             f"no such folder or datalist: {path}. Pass a folder of images or a Decathlon dataset.json with -i."
         )
-    files = sorted(f for f in path.iterdir() if f.is_file() and f.name.lower().endswith(PLAIN_ENDINGS))
+    # macOS keeps what other file systems cannot hold in files called ._NAME
+    files = sorted(
+        f for f in path.iterdir() if f.is_file() and f.name.lower().endswith(PLAIN_ENDINGS) and f.name[0] != "."
+    )
     if not files:
         raise UserError(f"no image in {path}: expected files ending in {', '.join(PLAIN_ENDINGS)}.")
-    stems = {f: _stem(f.name, PLAIN_ENDINGS) for f in files}
-    as_channels = all(re.search(r"_\d{4}$", stem) for stem in stems.values())
-    grouped: dict[str, list[Path]] = {}
-    for file, stem in stems.items():
-        grouped.setdefault(stem[:-5] if as_channels else stem, []).append(file)
-    cases = tuple(Case(name, name, tuple(images)) for name, images in sorted(grouped.items()))
+    cases = tuple(Case(name, name, images) for name, images in _grouped(files, path))
     return _monai_dataset(path.resolve().name, cases, channel_names, path, skip_bad_cases)
+
+
+def _grouped(files: Sequence[Path], where: Path) -> list[tuple[str, tuple[Path, ...]]]:
+    """Name and image files of each case of a plain folder."""
+    by_stem: dict[str, Path] = {}
+    numbered: dict[str, dict[int, Path]] = {}
+    without_number: list[str] = []
+    for file in files:
+        stem = _stem(file.name, PLAIN_ENDINGS)
+        if stem in by_stem:
+            raise UserError(
+                f"{by_stem[stem]} and {file.name} have one name but for the ending: an image twice, or an image and its mask? Leave one "
+                "file an image in the folder, and no masks."
+            )
+        by_stem[stem] = file
+        if re.search(r"._\d{4}$", stem):
+            numbered.setdefault(stem[:-5], {})[int(stem[-4:])] = file
+        else:
+            without_number.append(file.name)
+    every = list(range(max(map(len, numbered.values()), default=0)))
+    odd = [name for name, found in numbered.items() if list(found) != every]
+    like_channels = [n for n, found in numbered.items() if len(found) > 1 and list(found) == list(range(len(found)))]
+    # slices that are numbered from 0 are seldom as many in most cases
+    few_lack_some = 2 * len(odd) < len(numbered) and all(set(numbered[name]) < set(every) for name in odd)
+    if few_lack_some and not without_number:
+        if len(numbered) == 1 and len(every) > 1:
+            raise UserError(
+                f"the {len(every)} images in {where} are numbered from 0000 as channels of one case ({like_channels[0]}), and at least two "
+                f"cases are needed. If each is a case, number them otherwise, such as {like_channels[0]}_image0000."
+            )
+        return sorted((name, tuple(found.values())) for name, found in numbered.items())
+    if like_channels:
+        name = like_channels[0]
+        other = next((n for n, found in numbered.items() if list(found) != list(numbered[name])), None)
+        if other is not None:
+            has = f"{other} has {listed([f'{i:04d}' for i in numbered[other]], 3)}"
+        else:
+            has = f"{without_number[0]} has no number"
+        raise UserError(
+            f"in {where}, files are numbered like channels of a case ({name} has 0000 to {len(numbered[name]) - 1:04d}), but not all of them "
+            f"alike ({has}). Channels: name them CASE_0000, CASE_0001, ..., the same for every case. Images of their own: number them "
+            "otherwise, such as CASE_image0000."
+        )
+    return [(stem, (file,)) for stem, file in sorted(by_stem.items())]
 
 
 def with_patients(dataset: Dataset, table: str | Path) -> Dataset:
@@ -241,7 +287,8 @@ def without_validation_cases(dataset: Dataset, fold: int, preprocessed: str | Pa
         raise UserError(
             f"{where} names {len(unknown)} cases that {dataset.name} does not have ({listed(unknown)}). Correct one of the two."
         )
-    return replace(dataset, cases=tuple(c for c in dataset.cases if c.name in training - validation))
+    kept = tuple(c for c in dataset.cases if c.name in training - validation)
+    return replace(dataset, cases=kept, without_fold=fold)
 
 
 def sampled_cases(dataset: Dataset, num_cases: int, seed: int) -> tuple[Case, ...]:
@@ -295,7 +342,10 @@ def read_case(case: Case, reader: str, num_channels: int) -> Image:
         raise UserError(f"{what} states a voxel size of {spacing} mm. Repair the header.")
     label = None
     if case.label is not None:
-        read_label, _ = read((case.label,), reader)
+        # the colour indices of a label are its classes
+        read_label, _ = (
+            read((case.label,), reader) if reader != "monai" else _read_with_monai((case.label,), reader, False)
+        )
         if read_label.shape[1:] != voxels.shape[1:]:
             raise UserError(
                 f"case {case.name}: image {tuple(voxels.shape[1:])} and label {tuple(read_label.shape[1:])} differ in shape "
@@ -558,7 +608,9 @@ def _read_with_nnunet(files: Sequence[Path], reader: str) -> tuple[np.ndarray, t
     return voxels, (z, y, x)
 
 
-def _read_with_monai(files: Sequence[Path], reader: str) -> tuple[np.ndarray, tuple[float, float, float]]:
+def _read_with_monai(
+    files: Sequence[Path], reader: str, as_colours: bool = True
+) -> tuple[np.ndarray, tuple[float, float, float]]:
     from monai.data import PILReader
     from monai.transforms import LoadImage
 
@@ -571,7 +623,9 @@ def _read_with_monai(files: Sequence[Path], reader: str) -> tuple[np.ndarray, tu
             _refuse_more_than_the_file_holds(file)
         try:
             load = LoadImage(
-                reader=PILReader() if natural else "NibabelReader", image_only=True, ensure_channel_first=True
+                reader=PILReader(converter=_without_palette if as_colours else None) if natural else "NibabelReader",
+                image_only=True,
+                ensure_channel_first=True,
             )
             image = load(str(file))
         except Exception as error:
@@ -587,6 +641,11 @@ def _read_with_monai(files: Sequence[Path], reader: str) -> tuple[np.ndarray, tu
     if len({c.shape[1:] for c in channels}) > 1:
         raise UserError(f"the channels {listed([str(f) for f in files])} differ in shape. Resample them onto one grid.")
     return np.concatenate(channels), spacings[0]
+
+
+def _without_palette(image: Any) -> Any:
+    """Neighbours in a palette need not look alike."""
+    return image.convert("RGB") if image.mode == "P" else image
 
 
 def _refuse_more_than_the_file_holds(file: Path) -> None:
@@ -635,6 +694,11 @@ def _dataset_of_datalist(datalist: Path, channel_names: Sequence[str] | None, sk
         images = [entry["image"]] if isinstance(entry["image"], str) else entry["image"]
         label = entry.get("label")
         for file in (*images, *([label] if label else [])):
+            if not file.lower().endswith(PLAIN_ENDINGS):
+                raise UserError(
+                    f"{datalist} names {file}, and a datalist is read where its files end in {', '.join(PLAIN_ENDINGS)}. Convert them to "
+                    "NIfTI, or make an nnU-Net raw dataset of them and use -d."
+                )
             if not Path(file).is_file():
                 raise UserError(f"{datalist} names {file}, which does not exist. Correct the datalist.")
         name = _stem(Path(images[0]).name, PLAIN_ENDINGS)

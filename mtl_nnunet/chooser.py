@@ -405,6 +405,15 @@ def read_chooser(path: str | Path | None = None) -> Chooser:
     return Chooser(states, provenance)
 
 
+def is_chooser(path: str | Path) -> bool:
+    """Whether a file says that it is a chooser, of whatever version, and whole or not."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and str(content.get("format")).startswith(FORMAT.rstrip("0123456789"))
+
+
 def _record(model: Model) -> dict[str, Any]:
     content: dict[str, Any] = {}
     for f in fields(Model):

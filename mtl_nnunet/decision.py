@@ -117,7 +117,12 @@ def _number(rule: str, key: str, text: str) -> float:
 
 
 def choose(
-    rule: Rule, values: Sequence[float], samples: np.ndarray, random_value: float, epochs: Sequence[int | None]
+    rule: Rule,
+    values: Sequence[float],
+    samples: np.ndarray,
+    random_value: float,
+    epochs: Sequence[int | None],
+    remedy: str = "Name files like epoch_020.pth, or use -rule best.",
 ) -> int:
     """Index of the checkpoint to start from, as far as one score can say it.
 
@@ -130,6 +135,7 @@ def choose(
         samples: Scores on resampled patients, shape (K, B), every draw the same for all.
         random_value: Score of the random initialisation.
         epochs: Pretraining epoch of each, or None.
+        remedy: What to do where the rule needs epochs that are not known, for the message.
 
     Raises:
         UserError: The rule needs epochs and a checkpoint does not say its own.
@@ -147,10 +153,7 @@ def choose(
     if rule.name == "best":
         return max(indices, key=lambda i: (values[i], _age(epochs[i])))
     if None in epochs:
-        raise UserError(
-            f"rule '{rule.name}' goes by epochs, and not every checkpoint says its own. Name files like epoch_020.pth, "
-            "or use -rule best."
-        )
+        raise UserError(f"rule '{rule.name}' goes by epochs, and not every checkpoint says its own. {remedy}")
     by_age = sorted(indices, key=lambda i: _age(epochs[i]))
     if rule.name == "non-inferior":
         gain = max(values) - random_value

@@ -47,7 +47,7 @@ def run_demo(folder: Path, overwrite: bool = False) -> dict[str, Any]:
     if folder.exists():
         if not overwrite:
             raise UserError(f"{folder} exists already. Pass --overwrite to replace it, or -o another folder.")
-        if any(folder.iterdir()) and not (raw / DATASET).is_dir():
+        if not folder.is_dir() or (any(folder.iterdir()) and not (raw / DATASET).is_dir()):
             raise UserError(f"{folder} is no earlier demonstration, so it is not overwritten. Pass -o another folder.")
         shutil.rmtree(folder)
     started = time.monotonic()

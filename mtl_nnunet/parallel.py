@@ -91,7 +91,11 @@ def _dask_client(num_processes: int, address: str | None) -> Iterator[None]:
             if address
             else Client(n_workers=num_processes, threads_per_worker=1, dashboard_address=None)
         )
-    except (OSError, ValueError, TimeoutError) as error:
+    except (OSError, ValueError, TimeoutError, RuntimeError) as error:
+        if address is None:
+            raise UserError(
+                f"Dask could not start workers on this machine ({error}). Use -np without -backend, or pass a scheduler's -address."
+            ) from error
         raise UserError(
             f"no Dask scheduler answers at {address} ({error}). Start one, or leave -address out."
         ) from error

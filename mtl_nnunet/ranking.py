@@ -171,7 +171,12 @@ def rank_checkpoints(
         )
     # expected losses were learned by epochs, and say nothing of steps
     by = [c.epoch for c in checkpoints] if rule.name == "expected-loss" else ages(checkpoints)
-    choose(rule, [0.0] * len(checkpoints), np.zeros((len(checkpoints), 1)), 0.0, by)
+    remedy: dict[str, str] = {}
+    if any(c.published is not None for c in checkpoints):
+        remedy = {"remedy": "Published weights state none: use -rule best."}
+    elif all(c.step is not None for c in checkpoints):
+        remedy = {"remedy": "They state their steps: use -rule last."}
+    choose(rule, [0.0] * len(checkpoints), np.zeros((len(checkpoints), 1)), 0.0, by, **remedy)
     candidates: list[Checkpoint | None] = [*checkpoints, None]
     content = what_decides(slices, encoder, seed, device, precision)
     contents = {(i, s): content(candidate, s) for i, candidate in enumerate(candidates) for s in scores}

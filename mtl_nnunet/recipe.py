@@ -95,7 +95,7 @@ def recipe(*changes: Mapping[str, Any], where: str = "recipe") -> Recipe:
     known = {f.name: f.default for f in fields(Recipe)}
     for name, value in merged.items():
         if name not in known:
-            raise UserError(f"{where}: unknown hyper-parameter '{name}'. Known are {listed(list(known))}.")
+            raise UserError(f"{where}: unknown hyper-parameter '{name}'. Known are {listed(list(known), len(known))}.")
         merged[name] = _checked(name, value, known[name], where)
     return Recipe(**merged)
 

@@ -267,8 +267,8 @@ def warnings_in_words(ranking: Ranking, num_patients: int) -> list[str]:
         )
     elif not ranking.better(chosen, ranking.random):
         warnings.append(
-            f"The chosen checkpoint ({chosen.label}) scores no better than the random initialisation, though epoch "
-            f"{best.label} does. {from_scratch}"
+            f"The chosen checkpoint ({chosen.label}) scores no better than the random initialisation, though "
+            f"{_in_words([best])} does. {from_scratch}"
         )
     if len(ranking.checkpoints) == 1:
         warnings.append("There is one checkpoint, so nothing was chosen: its score stands beside random weights only.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
+import re
 import time
 import warnings
 from collections.abc import Sequence
@@ -79,7 +80,8 @@ def select_checkpoint(
     """Score the checkpoints of a run on a dataset, choose one, and write the choice where training finds it.
 
     Args:
-        dataset: Number or name of an nnU-Net dataset, path of an image folder or datalist, or a ``Dataset``.
+        dataset: Number or name of an nnU-Net dataset, path of an image folder or datalist (a word such as
+            ``photos`` too, where there is such a folder), or a ``Dataset``.
         checkpoints: Folder of a pretraining run, its files, names of published weights (``timm:NAME``), or what
             ``find_checkpoints`` found.
         scores: The first is shown, and chooses by rule ``best``; the others are computed beside it.
@@ -182,7 +184,7 @@ def cases_to_score(
     Raises:
         UserError: No such dataset, or a fold that cannot be kept out.
     """
-    fold = _parsed_fold(fold)
+    fold = parsed_fold(fold)
     labelled = any(score.labels for score in scores)
     if fold is not None and not labelled:
         raise UserError(
@@ -191,7 +193,9 @@ def cases_to_score(
         )
     fold = "all" if labelled and fold is None else fold
     found = _found(dataset, skip_bad_cases)
-    return _training_cases(found, fold) if isinstance(fold, int) else found, fold
+    if found.without_fold is not None and fold not in (None, "all", found.without_fold):
+        raise UserError(f"fold is {fold}, and the validation cases of fold {found.without_fold} are left out already.")
+    return _training_cases(found, fold) if isinstance(fold, int) and found.without_fold is None else found, fold
 
 
 def scores_of_the_chooser(state: str, there: Sequence[Score], chooser: Path | None = None) -> list[Score]:
@@ -199,7 +203,13 @@ def scores_of_the_chooser(state: str, there: Sequence[Score], chooser: Path | No
     known = read_chooser(chooser).states.get(state)
     texts = {s.text for s in there if s.has_default_views}
     labelled = any(s.labels for s in there)
-    read = parse_scores(known.evidence.scores) if known and known.evidence else []
+    try:
+        read = parse_scores(known.evidence.scores) if known and known.evidence else []
+    except UserError as error:
+        raise UserError(
+            f"chooser {chooser or 'that is shipped'} goes by scores that cannot be computed here: {error} Fit one without them "
+            "(mtl-nnunet fit-chooser -use), or pass their values from Python: mtl_nnunet.chooser.choose_by_expected_loss."
+        ) from error
     return [s for s in read if s.text not in texts and (labelled or not s.labels)]
 
 
@@ -230,12 +240,25 @@ def _views_run(rankings: Sequence[Ranking]) -> int:
 def _found(dataset: Dataset | int | str | Path, skip_bad_cases: bool) -> Dataset:
     if isinstance(dataset, Dataset):
         return dataset
-    if isinstance(dataset, Path) or (isinstance(dataset, str) and os.sep in dataset):
+    if isinstance(dataset, Path) or (isinstance(dataset, str) and _is_path(dataset)):
         return find_image_folder(dataset, skip_bad_cases=skip_bad_cases)
     return find_nnunet_dataset(dataset, skip_bad_cases)
 
 
-def _parsed_fold(fold: Any) -> int | str | None:
+def _is_path(text: str) -> bool:
+    """A word that may be a number or name of an nnU-Net dataset is one."""
+    if os.sep in text:
+        return True
+    there = Path(text).is_dir() or (text.endswith(".json") and Path(text).is_file())
+    return there and not text.isdecimal() and re.match(r"Dataset\d{3}_", text) is None
+
+
+def parsed_fold(fold: Any) -> int | str | None:
+    """A fold as it was passed: a number, ``all`` or None.
+
+    Raises:
+        UserError: It is something else.
+    """
     if fold is None:
         return None
     if fold == "all":

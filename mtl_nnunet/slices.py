@@ -102,19 +102,30 @@ class Slices:
 
 @dataclass(frozen=True)
 class _Extract:
-    """What is kept of a case: a few slices along one axis, and what the dataset's choices depend on."""
+    """What is kept of a case: a few slices along one axis, or the middle of them, and what the dataset's choices depend on."""
 
     case: Case
     sha256: tuple[str, ...]
     axis: int
     spacing: tuple[float, float, float]
     relative_size: float
+    plane: tuple[int, int]
+    is_cut: bool
     stacks: dict[bool, np.ndarray]
     positions: tuple[int, ...]
     taken: tuple[int, ...]
     foreground: list[np.ndarray]
     labels: np.ndarray | None
     first: int
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """The middle of a case's resampled slices (n, C, h, w), that of their labels (n, h, w), and rows and columns of the whole."""
+
+    images: Tensor
+    plane: tuple[int, int]
+    labels: np.ndarray | None
 
 
 def gather_slices(
@@ -187,23 +198,29 @@ def gather_slices(
         _refuse_bad_cases(cases, read, skip_bad_cases)
         skipped = tuple((c.name, e) for c, e in zip(cases, read, strict=True) if isinstance(e, str))
         extracts = [e for e in read if isinstance(e, _Extract)]
-    target = [float(median[i]) for i in range(3) if i != axis]
-    use_mask = bool(np.median([e.relative_size for e in extracts]) < 0.75)
-    intensities = _intensity_properties(extracts, schemes)
-    planes = [_finish(e, dataset, use_mask, intensities, target) for e in extracts]
-    thin = [e.case.name for e, p in zip(extracts, planes, strict=True) if min(p.shape[2:]) < 8]
+        target = [float(median[i]) for i in range(3) if i != axis]
+        use_mask = bool(np.median([e.relative_size for e in extracts]) < 0.75)
+        intensities = _intensity_properties(extracts, schemes)
+
+        def finished(extract: _Extract) -> _Finished:
+            if extract.is_cut and _shape_at(extract, target)[1:] != extract.plane:
+                # a 2D image, so all of it is one slice
+                extract = _extract(extract.case, dataset, 1, seed, axis, with_labels, whole=True)
+            return _finish(extract, dataset, use_mask, intensities, target)
+
+        # one by one, so that what is not used any more is gone before the next
+        planes = [finished(e) for e in extracts]
+    thin = [e.case.name for e, p in zip(extracts, planes, strict=True) if min(p.plane) < 8]
     if thin:
         raise UserError(
             f"the slices of {len(thin)} cases are fewer than 8 pixels wide ({listed(thin)}): nnU-Net slices along the axis "
             f"of the largest spacing, here axis {axis} of (z, y, x) at {median[axis]:g} mm. Correct the spacing in the headers "
             "if it is wrong, or leave these cases out."
         )
-    size = _common_size(planes)
-    images = torch.cat([_to_size(p, size) for p in planes])
+    size = _common_size([p.plane for p in planes])
+    images = torch.cat([_to_size(p.images, size) for p in planes])
     labels = (
-        torch.cat([_labels_to_size(e, p.shape[2:], size) for e, p in zip(extracts, planes, strict=True)])
-        if with_labels
-        else None
+        torch.cat([_labels_to_size(p.labels, size) for p in planes if p.labels is not None]) if with_labels else None
     )
     names = sorted({e.case.patient for e in extracts})
     if len(names) < 2:
@@ -223,7 +240,7 @@ def gather_slices(
         use_mask_for_norm=use_mask,
         intensities=intensities,
         used=tuple(
-            UsedCase(e.case.name, e.case.patient, e.sha256, len(e.taken), e.spacing, (p.shape[2], p.shape[3]), e.first)
+            UsedCase(e.case.name, e.case.patient, e.sha256, len(e.taken), e.spacing, p.plane, e.first)
             for e, p in zip(extracts, planes, strict=True)
         ),
         labels=labels,
@@ -268,8 +285,15 @@ def _refuse_unlabelled(cases: Sequence[Case], dataset: Dataset) -> None:
 
 
 def _extract(
-    case: Case, dataset: Dataset, quota: int, seed: int, axis: int | None = None, with_labels: bool = False
+    case: Case,
+    dataset: Dataset,
+    quota: int,
+    seed: int,
+    axis: int | None = None,
+    with_labels: bool = False,
+    whole: bool = False,
 ) -> _Extract:
+    """Read a case; of a 2D image only the middle is kept, which is what will be used of it unless it is resampled, but for ``whole``."""
     from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
 
     image = read_case(case, dataset.reader, len(dataset.channel_names))
@@ -282,6 +306,8 @@ def _extract(
     extremes = {int(s) for s in (*voxels.min((2, 3)).argmin(1), *voxels.max((2, 3)).argmax(1))}
     positions = sorted(extremes.union(taken))
     schemes = normalization_schemes(dataset.channel_names)
+    plane = (voxels.shape[2], voxels.shape[3])
+    rows, columns = _middle(plane) if voxels.shape[1] == 1 and not whole else (slice(None), slice(None))
     with_and_without_mask = (False, True) if "ZScoreNormalization" in schemes else (False,)
     return _Extract(
         case=case,
@@ -289,14 +315,18 @@ def _extract(
         axis=axis,
         spacing=image.spacing,
         relative_size=float(np.prod(voxels.shape[1:]) / np.prod(image.voxels.shape[1:])),
+        plane=plane,
+        is_cut=voxels[..., rows, columns].shape != voxels.shape,
         stacks={
-            use_mask: _normalized_slices(voxels, mask, dataset.channel_names, use_mask, case, positions)
+            use_mask: _normalized_slices(
+                voxels, mask, dataset.channel_names, use_mask, case, np.s_[positions, rows, columns]
+            )
             for use_mask in with_and_without_mask
         },
         positions=tuple(positions),
         taken=taken,
         foreground=_foreground_samples(voxels, mask, label is not None, schemes, len(dataset.cases)),
-        labels=_countable(mask[:, list(taken)], dataset.ignore_label) if with_labels else None,
+        labels=_countable(mask[:, list(taken)][..., rows, columns], dataset.ignore_label) if with_labels else None,
         first=int(kept[0][0]),
     )
 
@@ -348,14 +378,15 @@ def _normalized_slices(
     channel_names: Sequence[str],
     use_mask: bool,
     case: Case,
-    positions: Sequence[int],
+    kept: tuple[Sequence[int], slice, slice],
 ) -> np.ndarray:
-    """Some slices of the volume as normalised as a whole, one channel in memory at a time."""
+    """Some slices of the volume, or a part of them, as normalised as a whole, one channel in memory at a time."""
     from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import (
         get_normalization_scheme,
     )
 
-    kept = np.array(voxels[:, positions], dtype=np.float32)
+    positions, rows, columns = kept
+    normalized = np.array(voxels[:, positions, rows, columns], dtype=np.float32)
     for channel, name in enumerate(channel_names):
         scheme = get_normalization_scheme(name)
         # CT waits for the statistics of the whole dataset
@@ -364,13 +395,15 @@ def _normalized_slices(
         honours_mask = scheme.leaves_pixels_outside_mask_at_zero_if_use_mask_for_norm_is_true
         try:
             normalizer = scheme(use_mask_for_norm=bool(use_mask and honours_mask), intensityproperties={})
-            kept[channel] = normalizer.run(np.array(voxels[channel], dtype=np.float32), mask[0])[positions]
+            normalized[channel] = normalizer.run(np.array(voxels[channel], dtype=np.float32), mask[0])[
+                positions, rows, columns
+            ]
         except AssertionError as error:
             raise UserError(
                 f"case {case.name}: channel {channel} ('{name}') cannot be normalised by nnU-Net's {scheme.__name__}: {error}. "
                 "Correct channel_names or the image."
             ) from error
-    return kept
+    return normalized
 
 
 def _foreground_samples(
@@ -383,7 +416,9 @@ def _foreground_samples(
     )
 
     if not labelled:
-        mask = np.asarray((voxels > BODY_THRESHOLD).any(0, keepdims=True))
+        # other channels are not in HU
+        dense = [v > BODY_THRESHOLD for v, s in zip(voxels, schemes, strict=True) if s == "CTNormalization"]
+        mask = np.logical_or.reduce(dense)[None]
     samples, _ = DatasetFingerprintExtractor.collect_foreground_intensities(
         mask, voxels, num_samples=FOREGROUND_SAMPLES // num_cases
     )
@@ -418,44 +453,70 @@ def _finish(
     use_mask: bool,
     intensities: dict[str, dict[str, float]],
     target: Sequence[float],
-) -> Tensor:
+) -> _Finished:
     from nnunetv2.preprocessing.normalization.default_normalization_schemes import CTNormalization
-    from nnunetv2.preprocessing.resampling.default_resampling import (
-        compute_new_shape,
-        resample_data_or_seg_to_shape,
-    )
+    from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_shape
 
     stack = extract.stacks[use_mask and True in extract.stacks]
+    extract.stacks.clear()
     for channel, scheme in enumerate(normalization_schemes(dataset.channel_names)):
         if scheme == "CTNormalization":
             properties = intensities[str(channel)]
             stack[channel] = CTNormalization(False, properties).run(stack[channel])
     spacing = [extract.spacing[i] for i in _plane_first(extract.axis)]
-    target = [spacing[0], *target]
-    shape = compute_new_shape(stack.shape[1:], spacing, target)
-    resampled = resample_data_or_seg_to_shape(stack, shape, spacing, target, order=3, order_z=0, force_separate_z=None)
-    kept = [extract.positions.index(t) for t in extract.taken]
-    return torch.from_numpy(np.ascontiguousarray(resampled[:, kept].transpose(1, 0, 2, 3), dtype=np.float32))
-
-
-def _labels_to_size(extract: _Extract, shape: Sequence[int], size: tuple[int, int]) -> Tensor:
-    from monai.transforms import ResizeWithPadOrCrop
-    from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_shape
-
-    assert extract.labels is not None
+    shape = _shape_at(extract, target)
     labels = extract.labels
-    if tuple(labels.shape[2:]) != tuple(shape):
-        new_shape = (labels.shape[1], *shape)
-        # in-plane only, so the spacing across slices plays no part
-        labels = resample_data_or_seg_to_shape(
-            labels, new_shape, (1, 1, 1), (1, 1, 1), is_seg=True, order=1, order_z=0, force_separate_z=True
+    # of a part there is nothing to resample
+    if not extract.is_cut:
+        stack = resample_data_or_seg_to_shape(
+            stack, shape, spacing, [spacing[0], *target], order=3, order_z=0, force_separate_z=None
         )
-    fitted = ResizeWithPadOrCrop(size, mode="constant", constant_values=-1)(np.asarray(labels[0], dtype=np.int16))
+        if labels is not None and labels.shape[2:] != shape[1:]:
+            # in-plane only, so the spacing across slices plays no part
+            labels = resample_data_or_seg_to_shape(
+                labels,
+                (labels.shape[1], *shape[1:]),
+                (1, 1, 1),
+                (1, 1, 1),
+                is_seg=True,
+                order=1,
+                order_z=0,
+                force_separate_z=True,
+            )
+    rows, columns = _middle(stack.shape[2:])
+    kept = [extract.positions.index(t) for t in extract.taken]
+    # copies, which do not hold on to the rest
+    return _Finished(
+        torch.from_numpy(np.array(stack[:, kept][..., rows, columns].transpose(1, 0, 2, 3), np.float32, order="C")),
+        (shape[1], shape[2]),
+        None if labels is None else np.array(labels[0][..., rows, columns], np.int16),
+    )
+
+
+def _shape_at(extract: _Extract, target: Sequence[float]) -> tuple[int, int, int]:
+    """Shape of a case's slices at an in-plane spacing."""
+    from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
+
+    spacing = [extract.spacing[i] for i in _plane_first(extract.axis)]
+    slices, rows, columns = compute_new_shape((len(extract.positions), *extract.plane), spacing, [spacing[0], *target])
+    return int(slices), int(rows), int(columns)
+
+
+def _middle(plane: Sequence[int]) -> tuple[slice, slice]:
+    """The largest part of a plane that can be used: the common size is even, so the middle of it is the middle of the plane."""
+    rows, columns = (slice(max(side // 2 - MAX_SIDE // 2, 0), side // 2 + MAX_SIDE // 2) for side in plane)
+    return rows, columns
+
+
+def _labels_to_size(labels: np.ndarray, size: tuple[int, int]) -> Tensor:
+    from monai.transforms import ResizeWithPadOrCrop
+
+    fitted = ResizeWithPadOrCrop(size, mode="constant", constant_values=-1)(labels)
     return torch.as_tensor(fitted.as_tensor()).to(torch.int16)
 
 
-def _common_size(planes: Sequence[Tensor]) -> tuple[int, int]:
-    medians = [float(np.median([p.shape[axis] for p in planes])) for axis in (2, 3)]
+def _common_size(planes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    medians = [float(np.median([p[axis] for p in planes])) for axis in (0, 1)]
     height, width = (int(np.clip(np.ceil(m / SIDE_MULTIPLE) * SIDE_MULTIPLE, MIN_SIDE, MAX_SIDE)) for m in medians)
     return height, width
 

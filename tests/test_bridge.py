@@ -28,6 +28,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from test_bundle import bundle_commands
 
+import mtl_nnunet.bridge.images
 from mtl_nnunet.bridge import (
     NNUNetInferer,
     NNUNetPreprocessd,
@@ -320,6 +321,12 @@ def test_folds_checkpoint_and_mirroring_are_those_asked_for(
     predict_with_nnunet(flat, images, tmp_path / "mirrored", (1,), best)
     a, b = (np.asanyarray(nibabel.load(tmp_path / f / "new_0.nii.gz").dataobj) for f in ("nnunet", "mirrored"))
     assert not np.array_equal(a, b)
+
+
+def test_what_macos_leaves_beside_images_is_no_image(tmp_path: Path) -> None:
+    for name in ("a_0000.nii.gz", "._a_0000.nii.gz", ".DS_Store"):
+        (tmp_path / name).touch()
+    assert mtl_nnunet.bridge.images._grouped(tmp_path, ".nii.gz") == {"a": [str(tmp_path / "a_0000.nii.gz")]}
 
 
 def test_datalists_and_lists_name_the_images_too(place: Workplace, regions: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 import SimpleITK as sitk
 import tifffile
 from conftest import phantom, write_image
+from PIL import Image
 from skimage import io as skimage_io
 
 from mtl_nnunet.cases import (
@@ -261,6 +262,77 @@ def test_plain_folder_groups_files_numbered_like_channels(make_dataset: MakeData
     dataset = find_image_folder(folder / "imagesTr", ("T1", "T2"))
     assert [case.name for case in dataset.cases] == ["case_00", "case_01"]
     np.testing.assert_array_equal(read_first(dataset).voxels, read_first(find_nnunet_dataset(1)).voxels)
+
+
+def write_pixels(folder: Path, *names: str) -> None:
+    for i, name in enumerate(names):
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (20, 24), dtype=np.uint8)).save(folder / name)
+
+
+@pytest.mark.parametrize(
+    ("names", "cases"),
+    [
+        # numbered images of one patient are no channels, wherever the numbers start
+        (["p_0001.png", "p_0002.png", "p_0003.png"], [["p_0001.png"], ["p_0002.png"], ["p_0003.png"]]),
+        (["a_0000.png", "b_0000.png"], [["a_0000.png"], ["b_0000.png"]]),
+        (["a_0001.png", "b_0004.png", "c.png"], [["a_0001.png"], ["b_0004.png"], ["c.png"]]),
+        (["a_0000.png", "a_0001.png", "b_0000.png", "b_0001.png"], [["a_0000.png", "a_0001.png"], ["b_0000.png", "b_0001.png"]]),
+        # what macOS leaves on other file systems
+        (["a.png", "b.png", "._a.png"], [["a.png"], ["b.png"]]),
+    ],
+)  # fmt: skip
+def test_numbers_are_channels_only_where_all_cases_have_them_from_0(
+    tmp_path: Path, names: list[str], cases: list[list[str]]
+) -> None:
+    write_pixels(tmp_path, *names)
+    assert [[file.name for file in case.images] for case in find_image_folder(tmp_path).cases] == cases
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a.jpg", "a.png", "b.jpg", "b.png"], r"a\.jpg and a\.png have one name"),
+        (["a_0000.png", "a_0000.bmp", "b_0000.png"], r"a_0000\.bmp and a_0000\.png have one name"),
+        (["p_0000.png", "p_0001.png"], r"channels of one case \(p\)"),
+        (["p_0000.png", "p_0001.png", "q_0000.png"], r"\(p has 0000 to 0001\), but not all of them alike \(q has 0000\)"),
+        (["p_0000.png", "p_0001.png", "q_0001.png", "q_0002.png"], r"not all of them alike \(q has 0001, 0002\)"),
+        (["p_0000.png", "p_0001.png", "q_0000.png", "q_0001.png", "q_0002.png"], r"\(q has 0000, 0001, 0002\)"),
+        (["p_0000.png", "p_0001.png", "q.png"], r"not all of them alike \(q\.png has no number\)"),
+    ],
+)  # fmt: skip
+def test_files_that_may_be_channels_or_masks_are_refused(tmp_path: Path, names: list[str], message: str) -> None:
+    write_pixels(tmp_path, *names)
+    with pytest.raises(UserError, match=message):
+        find_image_folder(tmp_path)
+
+
+def test_a_missing_channel_in_a_plain_folder_can_be_skipped(tmp_path: Path) -> None:
+    write_pixels(tmp_path, *(f"{c}_{i:04d}.png" for c in "abcdefghij" for i in range(2)), "k_0001.png")
+    found = find_image_folder(tmp_path, skip_bad_cases=True)
+    assert "".join(case.name for case in found.cases) == "abcdefghij"
+    assert [name for name, _ in found.skipped] == ["k"]
+
+
+@pytest.mark.parametrize("ending", ["png", "bmp"])
+def test_palettes_are_read_by_colour_and_labels_by_index(tmp_path: Path, ending: str) -> None:
+    colours = np.random.default_rng(0).integers(0, 4, (20, 24, 3), dtype=np.uint8) * 80
+    image = Image.fromarray(colours).quantize(64)
+    for name in ("a", "b"):
+        image.save(tmp_path / f"{name}.{ending}")
+    read = read_first(find_image_folder(tmp_path))
+    np.testing.assert_array_equal(read.voxels[:, 0].transpose(1, 2, 0), colours)
+    entries = [{"image": f"{name}.{ending}", "label": f"{name}.{ending}"} for name in ("a", "b")]
+    (tmp_path / "dataset.json").write_text(json.dumps({"training": entries}))
+    label = read_first(find_image_folder(tmp_path)).label
+    np.testing.assert_array_equal(label[0], np.asarray(image))
+
+
+def test_a_datalist_of_another_format_is_refused_by_name(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        sitk.WriteImage(sitk.GetImageFromArray(phantom((5, 20, 24), seed=1)[0][0]), tmp_path / f"{name}.mha")
+    (tmp_path / "list.json").write_text(json.dumps({"training": [{"image": "a.mha"}, {"image": "b.mha"}]}))
+    with pytest.raises(UserError, match=r"list\.json names .*a\.mha.*use -d"):
+        find_image_folder(tmp_path / "list.json")
 
 
 @pytest.mark.parametrize("ending", [".png", ".tif", ".bmp"])

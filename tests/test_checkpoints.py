@@ -107,6 +107,14 @@ def test_legacy_files_of_old_pytorch(tmp_path: Path, model: torch.nn.Module) -> 
     assert same(read_contents(tmp_path / "epoch-2.pth").weights, model.state_dict())
 
 
+def test_ends_of_several_runs_are_told_what_to_do(tmp_path: Path, model: torch.nn.Module) -> None:
+    for seed in ("seed0", "seed1"):
+        (tmp_path / seed).mkdir()
+        torch.save(model.state_dict(), tmp_path / seed / "checkpoint-39.pth")
+    with pytest.raises(UserError, match=r"2 checkpoints say they are epoch 39: .*select for each run"):
+        find_checkpoints([tmp_path / "seed0", tmp_path / "seed1"])
+
+
 def test_two_files_of_one_epoch_are_refused(timm_run: Path) -> None:
     shutil.copy(timm_run / "checkpoint-9.pth.tar", timm_run / "again-9.pth.tar")
     with pytest.raises(UserError, match=r"2 checkpoints say they are epoch 9: .*again-9"):

@@ -347,6 +347,26 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert named in capsys.readouterr().err
 
 
+def test_only_a_chooser_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    downstream, scores = write_tables(tmp_path, simulated(6, 6)[0])
+    other = tmp_path / "other.json"
+    other.write_text('{"format": "of another program"}')
+    command = ["fit-chooser", "-downstream", str(downstream), "-scores", str(scores), "--overwrite", "-o"]
+    for file, named in (
+        (downstream, "one of the tables"),
+        (tmp_path / "." / "scores.csv", "one of the tables"),
+        (other, "no chooser"),
+    ):
+        before = file.read_text()
+        assert main([*command, str(file)]) == 1
+        assert named in capsys.readouterr().err
+        assert file.read_text() == before
+    # one that is damaged, or of another version, is replaced
+    other.write_text('{"format": "mtl-nnunet chooser 0"}')
+    assert main([*command, str(other)]) == 0
+    read_chooser(other)
+
+
 def test_the_shipped_file_says_where_it_comes_from() -> None:
     shipped = read_chooser()
     assert SHIPPED.stat().st_size < 200_000

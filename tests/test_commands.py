@@ -279,6 +279,30 @@ def test_folds_and_checkpoint_of_a_bundle_need_a_model(tmp_path: Path, capsys: p
     assert not (tmp_path / "mine").exists()
 
 
+@pytest.mark.parametrize(
+    ("typed", "kept"), [([], True), (["--no-cache"], False), (["--race"], False)]
+)  # fmt: skip
+def test_an_interrupted_selection_says_what_is_kept(
+    typed: list[str], kept: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mtl_nnunet.cli.select_checkpoint.select", interrupted)
+    assert select(["-d", "1", "-ckpt", "x", *typed]) == 130
+    said = capsys.readouterr().err
+    assert "interrupted before it was finished" in said
+    assert ("what was scored is in the cache" in said) == kept
+
+
+@pytest.mark.parametrize("typed", [["--verbose", "bundle"], ["bundle", "--verbose"]])
+def test_verbose_is_taken_on_either_side_of_the_commands_name(
+    typed: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*typed, str(tmp_path), "-f", "0"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
 def test_a_command_leaves_its_process_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYTHONWARNINGS", raising=False)
     before = dict(os.environ)

@@ -313,6 +313,30 @@ def test_a_folder_of_the_same_name_is_not_the_same_dataset(
     assert re.search(reason, caplog.text), caplog.text
 
 
+def test_a_selection_has_not_seen_what_is_validated_on(
+    tmp_path: Path, demo_run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_phantoms(tmp_path / "Dataset001_Phantom", num_cases=8)
+    # by patients, so that the split is not nnU-Net's
+    rows = [f"case_{i:02d},patient_{i // 2}" for i in range(8)]
+    (folder / "patients.csv").write_text("\n".join(["case,patient", *rows]))
+    settings = {"scores": "ccfv", "num_slices": 8, "cache": False, "overwrite": True}
+    output, checkpoint = tmp_path / "selection", demo_run / "checkpoint-39.pth.tar"
+    chosen = components.select(folder, output, checkpoint, fold=1, **settings)
+    held_out = {Path(e["label"]).name[:7] for e in components.split_cases(folder, 1).validation}
+    assert chosen.fold == 1
+    assert {case.name for case in chosen.slices.used} == {f"case_{i:02d}" for i in range(8)} - held_out
+    assert components.plan_training(folder, output, fold=1).encoder == "test_resnet"
+    with pytest.raises(UserError, match=r"looked at labels of 2 of the 2 cases that fold 0 .* with --fold 0"):
+        components.plan_training(folder, output, fold=0)
+    assert "too good" not in caplog.text
+    components.select(folder, output, checkpoint, **settings)
+    assert components.plan_training(folder, output, fold=0).encoder == "test_resnet"
+    assert "a little too good" in caplog.text
+    with pytest.raises(UserError, match="fold is 2, and the validation cases of fold 1 are left out already"):
+        select_checkpoint(chosen.dataset, checkpoint, "ccfv", fold=2)
+
+
 def test_a_dataset_that_was_renamed_is_the_same(
     selection: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 
+from mtl_nnunet.checkpoints import Checkpoint, Published
 from mtl_nnunet.decision import Rule, choose, parse_rule
 from mtl_nnunet.errors import UserError
+from mtl_nnunet.ranking import rank_checkpoints
 
 EPOCHS = [1, 5, 20, 100]
 
@@ -47,6 +52,21 @@ def test_no_gain_over_random_weights_means_the_last() -> None:
 def test_rules_by_epoch_need_epochs() -> None:
     with pytest.raises(UserError, match="epoch_020"):
         choose(Rule("last"), [0.1, 0.2], noisy([0.1, 0.2], 0.1), 0, [1, None])
+
+
+@pytest.mark.parametrize(
+    ("rule", "known", "remedy"),
+    [
+        ("last", {"published": Published("timm:a.b", "timm/a.b", None, "mit")}, "use -rule best"),
+        ("expected-loss", {"step": 500}, "use -rule last"),
+        ("last", {}, "Name files like epoch_020.pth, or use -rule best"),
+    ],
+)
+def test_the_remedy_is_one_that_helps(rule: str, known: dict[str, Any], remedy: str) -> None:
+    checkpoint = Checkpoint(Path("some.pth"), None, "test_resnet", "state dict", **known)
+    # refused before slices are looked at
+    with pytest.raises(UserError, match=f"goes by epochs.*{remedy}\\.$"):
+        rank_checkpoints([checkpoint], "test_resnet", None, "contrastive", rule=rule)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,12 @@ def test_every_block_holds_both_tissues(blocks: Path) -> None:
         assert set(np.unique(nibabel.load(label).get_fdata())) == {0, 1, 2}
 
 
+def test_demo_does_not_overwrite_a_file(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="no earlier demonstration"):
+        run_demo(tmp_path / "notes.txt", overwrite=True)
+
+
 def test_demo_never_overwrites_a_folder_that_is_no_demonstration(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(UserError, match="exists already"):

@@ -370,6 +370,20 @@ def test_a_folder_that_holds_the_tables_is_not_replaced(tmp_path: Path, capsys: 
     assert (tmp_path / "downstream.csv").is_file()
 
 
+def test_only_an_evaluation_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "evaluation.csv").touch()
+    (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
+    command = [*tables(tmp_path, many()[:2]), "-draws", "5", "--overwrite", "-o"]
+    assert main([*command, str(tmp_path / "thesis")]) == 1
+    assert "holds other files than an evaluation's (chapter.tex)" in capsys.readouterr().err
+    assert (tmp_path / "thesis" / "chapter.tex").read_text() == "years of work"
+    assert main([*command, str(tmp_path / "thesis" / "chapter.tex")]) == 1
+    assert "is no folder" in capsys.readouterr().err
+    (tmp_path / "thesis" / "chapter.tex").rename(tmp_path / "thesis" / "._evaluation.csv")
+    assert main([*command, str(tmp_path / "thesis")]) == 0
+
+
 def test_odd_names_and_equal_dice_are_drawn(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     odd = curve(np.full((3, 2), 0.5), {r"$\foo$": np.arange(3.0)}, dataset=r"$\bar$")
     write_figure(evaluate([odd], draws=5), [odd], tmp_path / "figure.png")

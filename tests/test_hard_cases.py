@@ -27,7 +27,7 @@ from mtl_nnunet.parallel import workers
 from mtl_nnunet.racing import RISK, race_checkpoints, survivors
 from mtl_nnunet.ranking import rank_checkpoints, score_encoder
 from mtl_nnunet.scores import parse_score, parse_scores
-from mtl_nnunet.select import select_checkpoint
+from mtl_nnunet.select import cases_to_score, select_checkpoint
 from mtl_nnunet.slices import gather_slices
 
 COMMAND = [sys.executable, "-c", "import sys; from mtl_nnunet.cli.select_checkpoint import main; sys.exit(main())"]
@@ -333,6 +333,16 @@ def test_wrong_arguments_in_python_are_named(
     make_dataset(1, num_cases=4)
     with pytest.raises(UserError, match=named):
         select_checkpoint(**{"dataset": 1, "checkpoints": DEMO_RUN, "num_slices": 12, **arguments})
+
+
+def test_a_word_is_a_folder_where_it_is_no_dataset(
+    make_dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_dataset(1, num_cases=2)
+    for name, where in (("imagesTr", folder), (folder.name, folder.parent), ("1", folder)):
+        monkeypatch.chdir(where)
+        found, _ = cases_to_score(name, [])
+        assert found.reader == ("monai" if name == "imagesTr" else "SimpleITKIO")
 
 
 def test_python_takes_names_paths_and_leaves_the_module_as_it_was(make_dataset: Callable[..., Path]) -> None:

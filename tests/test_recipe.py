@@ -61,6 +61,7 @@ def test_later_changes_win_and_nothing_else_changes() -> None:
         ("lr=1e-3,lr=1e-4", "stands there twice"),
         ("warmup_epochs=inf", "whole number"),
         ("learning_rate=1e-3", "unknown hyper-parameter 'learning_rate'"),
+        ("learning_rate=1e-3", "batch_norm, clip_norm."),
         ("missing.json", "cannot be read as JSON"),
     ],
 )

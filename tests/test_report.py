@@ -119,6 +119,13 @@ def test_random_weights_are_a_yardstick_of_the_best_and_of_the_chosen() -> None:
     assert "No checkpoint scores clearly better than the random" in clearly
     chosen = said(ranking([0.6, 0.7, 0.5], random=0.55, rule=Rule("last")))
     assert "The chosen checkpoint (3) scores no better than the random initialisation, though epoch 2 does" in chosen
+    by_epochs = ranking([0.6, 0.7, 0.5], random=0.55, rule=Rule("last"))
+    by_steps = [
+        replace(c, checkpoint=replace(c.checkpoint, epoch=None, step=500 * c.checkpoint.epoch))
+        for c in by_epochs.checkpoints
+        if c.checkpoint and c.checkpoint.epoch
+    ]
+    assert "though step 1000 does" in said(replace(by_epochs, checkpoints=tuple(by_steps)))
     assert "No checkpoint" not in chosen
 
 

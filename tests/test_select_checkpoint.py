@@ -26,9 +26,11 @@ from mtl_nnunet.cases import find_nnunet_dataset
 from mtl_nnunet.checkpoints import find_checkpoints, read_contents
 from mtl_nnunet.chooser import SHIPPED, choose_by_expected_loss, read_chooser
 from mtl_nnunet.cli.select_checkpoint import main
+from mtl_nnunet.errors import UserError
 from mtl_nnunet.files import sha256
 from mtl_nnunet.ranking import rank_checkpoints
 from mtl_nnunet.scores import parse_score
+from mtl_nnunet.select import scores_of_the_chooser
 from mtl_nnunet.selection import ENCODER_FILE, read_selection
 from mtl_nnunet.slices import gather_slices
 
@@ -243,6 +245,15 @@ def test_a_chooser_goes_with_expected_loss(
     assert "rule expected-loss" in refused(capsys, "-rule", "best", "-chooser", str(chooser_file))
     assert "race" in refused(capsys, "--race", "-chooser", str(chooser_file))
     assert "no-such.json" in refused(capsys, "-chooser", str(tmp_path / "no-such.json"))
+
+
+def test_a_chooser_that_reads_a_score_of_another_program_is_named(chooser_file: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.json"
+    other.write_text(chooser_file.read_text().replace(SCORE, "my_score"))
+    with pytest.raises(
+        UserError, match=r"chooser .*other\.json goes by scores .*unknown score 'my_score'.*fit-chooser"
+    ):
+        scores_of_the_chooser("free", [], other)
 
 
 @pytest.mark.usefixtures("undrawn")

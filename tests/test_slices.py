@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import tracemalloc
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
 import torch
 from conftest import REAL_DATA, needs_real_data, phantom, plan_with_nnunet, write_image
 
 import mtl_nnunet.cases
+import mtl_nnunet.slices
 from mtl_nnunet.cases import find_image_folder, find_nnunet_dataset, sampled_cases, with_patients
 from mtl_nnunet.errors import UserError
 from mtl_nnunet.slices import Slices, gather_slices
@@ -138,6 +141,54 @@ def test_ct_without_labels_uses_the_body(make_dataset: Callable[..., Path], tmp_
     slices = gather_slices(find_image_folder(tmp_path, ["CT"]), num_slices=4)
     assert slices.intensities["0"]["mean"] == pytest.approx(50, abs=1)
     assert slices.intensities["0"]["std"] == pytest.approx(10, abs=1)
+
+
+def test_the_body_is_looked_for_in_ct_only(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for i in range(2):
+        ct = np.full((8, 60, 60), -1000, np.float32)
+        ct[:, 20:40, 20:40] = 50 + rng.normal(0, 10, (8, 20, 20))
+        write_image(tmp_path / f"case_{i}_0000.nii.gz", ct, (3, 1, 1))
+        write_image(tmp_path / f"case_{i}_0001.nii.gz", rng.normal(5, 1, ct.shape).astype(np.float32), (3, 1, 1))
+    slices = gather_slices(find_image_folder(tmp_path, ["CT", "PET"]), num_slices=4)
+    assert slices.intensities["0"]["mean"] == pytest.approx(50, abs=1)
+
+
+def write_planes(folder: Path, shapes: Sequence[tuple[int, int]], sides: Sequence[float]) -> Path:
+    """2D images with labels, as a datalist; voxels of the given sides."""
+    rng, entries = np.random.default_rng(0), []
+    for i, (shape, side) in enumerate(zip(shapes, sides, strict=True)):
+        image = rng.normal(100, 20, shape).astype(np.float32)
+        for name, voxels in ((f"i{i}", image), (f"l{i}", (image > 100).astype(np.uint8))):
+            nibabel.save(nibabel.Nifti1Image(voxels.T[..., None], np.diag([side, side, 9, 1])), folder / f"{name}.nii")
+        entries.append({"image": f"i{i}.nii", "label": f"l{i}.nii"})
+    (folder / "dataset.json").write_text(json.dumps({"training": entries}))
+    return folder
+
+
+@pytest.mark.parametrize("sides", [(1.0, 1.0, 1.0), (1.0, 0.9, 1.1)])
+def test_the_middle_of_a_plane_is_the_middle_of_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sides: Sequence[float]
+) -> None:
+    dataset = find_image_folder(write_planes(tmp_path, [(801, 514), (513, 640), (90, 777)], sides))
+    cut = gather_slices(dataset, num_slices=3, num_workers=1, with_labels=True)
+    monkeypatch.setattr(mtl_nnunet.slices, "_middle", lambda _: (slice(None), slice(None)))
+    whole = gather_slices(dataset, num_slices=3, num_workers=1, with_labels=True)
+    assert torch.equal(cut.images, whole.images)
+    assert cut.labels is not None
+    assert whole.labels is not None
+    assert torch.equal(cut.labels, whole.labels)
+    assert cut.used == whole.used
+    assert cut.used[0].plane == (801, 514)
+
+
+def test_large_images_are_not_all_held_at_once(tmp_path: Path) -> None:
+    dataset = find_image_folder(write_planes(tmp_path, [(1600, 1500)] * 20, [1.0] * 20))
+    tracemalloc.start()
+    gather_slices(dataset, num_slices=20, num_workers=1)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 20 * 1600 * 1500 * 4
 
 
 @pytest.mark.parametrize("kind", ["grey", "rgb"])

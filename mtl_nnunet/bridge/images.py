@@ -70,7 +70,8 @@ def _grouped(folder: Path, ending: str) -> dict[str, list[str]]:
     grouped: dict[str, list[str]] = {}
     for file in sorted(folder.iterdir()):
         name = file.name[: -len(ending)]
-        if file.name.endswith(ending) and re.search(r"_\d{4}$", name):
+        # macOS keeps what other file systems cannot hold in files called ._NAME
+        if file.name.endswith(ending) and not file.name.startswith(".") and re.search(r"_\d{4}$", name):
             grouped.setdefault(name[:-5], []).append(str(file))
     return grouped
 

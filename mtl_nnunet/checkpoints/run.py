@@ -358,10 +358,12 @@ def _names(checkpoints: Sequence[Checkpoint]) -> str:
 
 def _refuse_repeated_epochs(checkpoints: Sequence[Checkpoint]) -> None:
     for epoch, group in _repeated(checkpoints).items():
-        raise UserError(
-            f"{len(group)} checkpoints say they are epoch {epoch}: {_names(group)}. "
-            "Pass the files of one run only, one file an epoch."
-        )
+        said = f"{len(group)} checkpoints say they are epoch {epoch}: {_names(group)}."
+        if len({c.run.resolve() for c in group}) == len(group):
+            raise UserError(
+                f"{said} Of several runs no two of one epoch can be ranked together: select for each run, and compare the scores."
+            )
+        raise UserError(f"{said} Pass the files of one run only, one file an epoch.")
 
 
 def _refuse_mixed_architectures(checkpoints: Sequence[Checkpoint]) -> None:

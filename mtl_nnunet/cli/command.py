@@ -41,7 +41,13 @@ def run(
         print(f"{parser.prog}: {one_line}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted; nothing was written.", file=sys.stderr)
+        # only commands with a cache have the option
+        kept = (
+            "; what was scored is in the cache, and not scored again"
+            if not getattr(args, "no_cache", True) and not getattr(args, "race", False)
+            else ""
+        )
+        print(f"{parser.prog}: interrupted before it was finished{kept}.", file=sys.stderr)
         return 130
     except BrokenPipeError:
         sys.stderr.close()

@@ -15,6 +15,7 @@ DROPPABLE = ("dataset", "encoder", "scheme", "run", "state")
 # the default of the published method
 PUBLISHED_DEFAULT = "robustness:level=4,pooled=yes,distance=cosine,margin=0.5"
 PACKAGES = ("numpy", "scipy", "pandas", "matplotlib")
+TABLE, SUMMARY, RECORD, FIGURE = FILES = ("evaluation.csv", "summary.csv", "evaluation.json", "evaluation.png")
 
 
 def add_parser(commands: Any) -> None:
@@ -60,11 +61,10 @@ def evaluate_scores(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.draws < 1 or args.seed < 0:
         raise UserError(f"-draws {args.draws} -seed {args.seed}: expected at least one draw and a seed of at least 0.")
-    if Path(args.o).exists() and not args.overwrite:
-        raise UserError(f"{args.o} exists already. Pass --overwrite to replace it, or -o another folder.")
     inside = [p for p in (args.downstream, args.scores) if p and Path(args.o).resolve() in Path(p).resolve().parents]
-    if inside:
+    if inside and args.overwrite:
         raise UserError(f"-o {args.o} holds {inside[0]}, which would be replaced with it. Pass -o another folder.")
+    _refuse_foreign_folder(Path(args.o), args.overwrite)
     curves = dropped(read_curves(args.downstream, args.scores), args.drop)
     known = sorted({name for curve in curves for name in curve.scores})
     unknown = [name for name in args.score if name not in known]
@@ -74,13 +74,30 @@ def evaluate_scores(args: argparse.Namespace) -> dict[str, Any]:
     evaluation = evaluate(curves, args.draws, args.seed)
     record = _record(args, evaluation, [c.label for c in curves])
     with folder_written_atomically(args.o, args.overwrite) as folder:
-        for name, table in (("evaluation.csv", evaluation.curves), ("summary.csv", evaluation.summary)):
+        for name, table in ((TABLE, evaluation.curves), (SUMMARY, evaluation.summary)):
             write_text(folder / name, table.to_csv(index=False, lineterminator="\n"))
-        write_text(folder / "evaluation.json", to_json(record))
-        write_figure(evaluation, curves, folder / "evaluation.png", always)
+        write_text(folder / RECORD, to_json(record))
+        write_figure(evaluation, curves, folder / FIGURE, always)
     print(evaluation_text(evaluation, always))
-    print(f"written: {args.o} (evaluation.csv, summary.csv, evaluation.json, evaluation.png)")
+    print(f"written: {args.o} ({', '.join(FILES)})")
     return record
+
+
+def _refuse_foreign_folder(folder: Path, overwrite: bool) -> None:
+    """The folder is replaced as a whole, and with it whatever lies in it."""
+    if not folder.exists():
+        return
+    if not overwrite:
+        raise UserError(f"{folder} exists already. Pass --overwrite to replace it, or -o another folder.")
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder, so it is not overwritten. Pass -o another folder.")
+    # macOS keeps what other file systems cannot hold in files called ._NAME
+    inside = (f.name for f in folder.iterdir() if f.name != ".DS_Store" and not f.name.startswith("._"))
+    if others := sorted(name for name in inside if name not in FILES):
+        raise UserError(
+            f"{folder} holds other files than an evaluation's ({listed(others)}), so it is not overwritten. Pass -o another folder, or "
+            "move them away."
+        )
 
 
 def dropped(curves: list[Any], drops: list[str]) -> list[Any]:

@@ -48,8 +48,7 @@ def fit_chooser(args: argparse.Namespace) -> dict[str, Any]:
     from mtl_nnunet.curves import read_curves
     from mtl_nnunet.files import sha256
 
-    if Path(args.o).exists() and not args.overwrite:
-        raise UserError(f"{args.o} exists already. Pass --overwrite to replace it, or -o another file.")
+    _refuse_foreign_file(Path(args.o), [*args.downstream, *args.scores], args.overwrite)
     if args.scores and len(args.scores) != len(args.downstream):
         raise UserError(
             f"-scores names {len(args.scores)} tables and -downstream {len(args.downstream)}: expected one for each."
@@ -104,6 +103,19 @@ def fit_chooser(args: argparse.Namespace) -> dict[str, Any]:
     print(verdict_text(judged))
     print(f"written: {args.o} ({len(curves)} curves)")
     return {"file": args.o, "sha256": sha256(args.o), **provenance}
+
+
+def _refuse_foreign_file(file: Path, tables: list[str], overwrite: bool) -> None:
+    from mtl_nnunet.chooser import is_chooser
+
+    if file.resolve() in {Path(table).resolve() for table in tables}:
+        raise UserError(f"-o {file} is one of the tables that are read, and would be replaced. Pass -o another file.")
+    if not file.exists():
+        return
+    if not overwrite:
+        raise UserError(f"{file} exists already. Pass --overwrite to replace it, or -o another file.")
+    if not is_chooser(file):
+        raise UserError(f"{file} is no chooser, so it is not overwritten. Pass -o another file.")
 
 
 def verdict_text(judged: list[Any]) -> str:

@@ -98,6 +98,11 @@ def build_parser() -> argparse.ArgumentParser:
     list_checkpoints.add_parser(commands)
     evaluate_scores.add_parser(commands)
     fit_chooser.add_parser(commands)
+    for command in commands.choices.values():
+        # not set here, so that what stands before the command's name holds
+        command.add_argument(
+            "--verbose", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+        )
     return parser
 
 

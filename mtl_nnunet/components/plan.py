@@ -114,6 +114,7 @@ def plan_training(
     spacing: Sequence[float] | None = None,
     patients: str | Path | None = None,
     num_cases: int = 64,
+    fold: int | None = None,
 ) -> Plan:
     """Work out network, patch and preprocessing for a dataset.
 
@@ -130,6 +131,8 @@ def plan_training(
         spacing: (slicing axis, row, column) in mm; None for the medians.
         patients: As for ``labelled_dataset``.
         num_cases: Cases read at most, where no selection says what they are like.
+        fold: Whose validation cases the network is going to be measured on, so that a selection that looked at their labels is
+            refused; None does not ask.
 
     Raises:
         UserError: What is wrong with the dataset or the selection, or settings that do not go together.
@@ -141,6 +144,8 @@ def plan_training(
     dataset = labelled_dataset(dataset_dir, patients)
     labels = class_names(dataset_dir)
     chosen = _selected(Path(selection), encoder, dataset) if weights == "selected" else None
+    if chosen is not None and fold is not None:
+        _refuse_seen_validation(chosen, split_cases(dataset_dir, fold, patients), dataset)
     name = encoder or (chosen.encoder if chosen else None)
     if name is None:
         raise UserError("random weights need the encoder's name. Pass --encoder#name NAME.")
@@ -331,6 +336,32 @@ def _selected(folder: Path, encoder: str | None, dataset: Dataset) -> Selection:
             f"{dataset.name} has {len(dataset.channel_names)} ({listed(list(dataset.channel_names))}). Select again on this dataset."
         )
     return selection
+
+
+def _refuse_seen_validation(selection: Selection, split: Split, dataset: Dataset) -> None:
+    """A checkpoint that was chosen by labels of the validation cases would be measured too well on them."""
+    if selection.fold is None:
+        return
+    stated = json.loads((selection.folder / SELECTION_FILE).read_text(encoding="utf-8")).get("dataset", {})
+    held_out = {str(entry["label"]) for entry in split.validation}
+    measured = {case.name: case for case in dataset.cases if str(case.label) in held_out}
+    seen = [
+        used["name"]
+        for used in stated.get("cases_used", ())
+        if (case := measured.get(used["name"])) is not None and sha256(case.images[0]) == used["sha256"][0]
+    ]
+    if not seen:
+        return
+    what = (
+        f"the selection in {selection.folder} looked at labels of {len(seen)} of the {len(measured)} cases that fold {split.fold} is "
+        f"validated on ({listed(seen)})"
+    )
+    remedy = f"select for this fold: run configs/select.yaml with --fold {split.fold} --overwrite True."
+    if isinstance(selection.fold, int):
+        raise UserError(
+            f"{what}: it was made for fold {selection.fold}, by its own split. To measure on what was not seen, {remedy}"
+        )
+    logger.warning(f"{what}, so that its Dice is a little too good. For one that is not, {remedy}")
 
 
 def _prepared(dataset: Dataset, selection: Selection | None, num_cases: int) -> dict[str, Any]:

@@ -6,14 +6,15 @@ import logging
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mtl_nnunet.cache import ResultCache, default_folder
 from mtl_nnunet.cases import find_dataset_folder
-from mtl_nnunet.components.data import with_own_patients
+from mtl_nnunet.components.data import split_cases, with_own_patients
 from mtl_nnunet.errors import UserError
-from mtl_nnunet.select import Outcome, select_checkpoint
+from mtl_nnunet.select import Outcome, parsed_fold, select_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,7 @@ def select(
     encoder: str | None = None,
     scores: str | Sequence[str] = "contrastive",
     patients: str | Path | None = None,
+    fold: int | str | None = None,
     cache: bool = True,
     device: Any = "cpu",
     **options: Any,
@@ -39,9 +41,10 @@ def select(
         encoder: timm's name, where the checkpoints do not say.
         scores: The first one is shown; see ``mtl_nnunet.select_checkpoint``.
         patients: Table ``case,patient``; None takes ``patients.csv`` of the folder if it is there.
+        fold: With scores that need labels: whose validation cases to keep out, by the split of ``split_cases``, or ``all``.
         cache: Look results up, and keep them.
         device: Where the encoder runs.
-        options: Further ones of ``mtl_nnunet.select_checkpoint``, such as ``rule``, ``fold`` or ``num_slices``.
+        options: Further ones of ``mtl_nnunet.select_checkpoint``, such as ``rule`` or ``num_slices``.
 
     Raises:
         UserError: What is wrong and what to do about it; nothing was written.
@@ -55,12 +58,18 @@ def select(
         )
     if Path(output).exists() and not options.get("overwrite"):
         raise UserError(f"{output} exists already. Pass --overwrite True to replace it, or --encoder#selection FOLDER.")
+    dataset, fold = with_own_patients(find_dataset_folder(dataset_dir), dataset_dir, patients), parsed_fold(fold)
+    if isinstance(fold, int):
+        # not nnU-Net's split, which goes by cases: what training of the bundle is measured on must not be seen here
+        learnt = {str(entry["label"]) for entry in split_cases(dataset_dir, fold, patients).training}
+        dataset = replace(dataset, cases=tuple(c for c in dataset.cases if str(c.label) in learnt), without_fold=fold)
     outcome = select_checkpoint(
-        with_own_patients(find_dataset_folder(dataset_dir), dataset_dir, patients),
+        dataset,
         f"timm:{encoder}" if checkpoints is None else checkpoints,
         scores,
         encoder=encoder,
         output=output,
+        fold=fold,
         device=str(device),
         cache=ResultCache(default_folder()) if cache else None,
         command=_command(),
