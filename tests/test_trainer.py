@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -634,6 +635,27 @@ def test_several_gpus_keep_every_activation(
     loaded = network.encoder.timm.model.state_dict()["layer1.0.conv1.weight"]
     assert torch.equal(loaded, selected_weights(folders)["layer1.0.conv1.weight"])
     assert torch.nn.SyncBatchNorm.convert_sync_batchnorm is not timm.layers.convert_sync_batchnorm, "put back"
+
+
+@pytest.mark.parametrize(("together", "live"), [(7, True), (3, False)])
+def test_gpus_whose_shares_of_the_batch_differ_agree_on_statistics(folders: Path, together: int, live: bool) -> None:
+    trainer = make(trainers.MTLTrainer, folders)
+    trainer.configuration_manager.configuration["batch_size"] = together
+    trainer.initialize()
+    shares, modes = [], []
+    for rank in range(2):
+        trainer.is_ddp = True
+        with (
+            mock.patch.object(dist, "get_world_size", return_value=2),
+            mock.patch.object(dist, "get_rank", return_value=rank),
+        ):
+            trainer._set_batch_size_and_oversample()
+        trainer.is_ddp = False
+        trainer.on_train_epoch_start()
+        shares.append(trainer.batch_size)
+        modes.append({m.training for m in trainer.network.encoder.modules() if isinstance(m, torch.nn.BatchNorm2d)})
+    assert shares == [together // 2 + 1, together // 2]
+    assert modes == [{live}, {live}]
 
 
 @pytest.mark.parametrize("volumetric", [False, True])
