@@ -21,7 +21,7 @@ from torch import nn
 
 from mtl_nnunet import __version__
 from mtl_nnunet.errors import UserError
-from mtl_nnunet.files import to_json, write_text, written_atomically
+from mtl_nnunet.files import temporary_beside, to_json, write_text, written_atomically
 from mtl_nnunet.plans import ITERATIONS_KEY, RECIPE_KEY, RECORD_KEY, selection_of, with_timm_unet
 from mtl_nnunet.recipe import (
     RECIPE_VARIABLE,
@@ -271,7 +271,7 @@ class MTLTrainer(nnUNetTrainer):
         folder = Path(self.output_folder_base)
         record = self.plans_manager.plans[RECORD_KEY]
         file = folder / RECORD_FILE
-        temporary = folder / f".{RECORD_FILE}.{os.getpid()}.tmp"
+        temporary = temporary_beside(file)
         write_text(temporary, to_json(record))
         try:
             # a link is made only where no file is: of two folds that start at once, one finds the other's record
