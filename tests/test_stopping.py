@@ -150,6 +150,27 @@ def test_auto_takes_patience_where_epochs_or_length_are_unknown() -> None:
         for epochs, last in (([0, 1], 39), ([0, 1], None), ([None, 1], 39))
     ]
     assert rules == ["expected-gain", "patience", "patience"]
+    for epochs, last, missing in (([0, 1], None, "pass -epochs N"), ([None, 1], 39, "not every checkpoint states")):
+        told = decide(StopRule(), epochs, values, noisy(values), 20, None, last).warnings
+        assert len(told) == 1
+        assert "patience decides" in told[0]
+        assert missing in told[0]
+    assert not decide(StopRule("patience"), [0, 1], values, noisy(values), 20).warnings
+
+
+def test_without_a_price_an_encoder_that_was_not_fitted_goes_on_to_the_end(chooser_file: Path) -> None:
+    def decided(encoder: str, price: float = 0.0) -> tuple[int, bool]:
+        rule = StopRule("expected-gain", price=price, chooser=chooser_file)
+        # scores of a curve that has passed its best
+        advice = decide(
+            rule, EPOCHS, np.zeros(len(EPOCHS)), np.zeros((len(EPOCHS), 1)), 20, {SCORE: SEEN[0]}, 300, encoder
+        )
+        assert advice.gain is not None
+        assert advice.gain.used == (SCORE,)
+        return advice.best, advice.stop
+
+    assert decided("not_fitted") == (len(EPOCHS) - 1, False)
+    assert decided("not_fitted", price=100.0)[1]
 
 
 @pytest.mark.parametrize(
@@ -157,6 +178,8 @@ def test_auto_takes_patience_where_epochs_or_length_are_unknown() -> None:
     [
         (StopRule("expected-gain"), [0, None], 39, "not every checkpoint states its epoch"),
         (StopRule("expected-gain"), [0, 1], None, "pass -epochs"),
+        (StopRule(price=0.5), [0, 1], None, "pass -epochs N. Or use -rule patience"),
+        (StopRule(price=0.5), [0, None], 39, "not every checkpoint states its epoch. Or use -rule patience"),
         (StopRule(), [3, 3], 39, "given twice"),
         (StopRule(), [], 39, "no checkpoint"),
     ],
