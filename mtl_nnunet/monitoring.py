@@ -211,6 +211,10 @@ class Monitor:
             encoder = copied_encoder(model, name, self.slices.images.shape[1], self.seed, f"epoch {epoch}")
             self._settle_encoder(encoder.name if isinstance(encoder, TimmEncoder) else type(encoder).__name__)
             seen = self._see(f"epoch {epoch}", epoch, None, weights_sha256(encoder), None, lambda: encoder)
+        if self.rule.name == "auto" and seen.said["rule"] == "patience":
+            for said in seen.said["warnings"][:1]:
+                # Python shows the same warning of the same line once
+                warnings.warn(said, AssumedWarning, stacklevel=2)
         return bool(seen.said["stop"])
 
     def see_checkpoint(

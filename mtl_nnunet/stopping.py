@@ -168,7 +168,7 @@ def decide(
         )
     by_gain = rule.name == "expected-gain" or (rule.name == "auto" and dated and last_epoch is not None)
     missing = (
-        "the planned length of the run is not known: pass -epochs N"
+        "the planned length of the run is not known: pass -epochs N (where checkpoints state epochs, not steps)"
         if dated
         else "not every checkpoint states its epoch"
     )

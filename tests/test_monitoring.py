@@ -249,6 +249,11 @@ def test_an_epoch_that_is_trained_again_takes_the_place_of_the_old_one(tmp_path:
         assert len(monitor.history) == 1
 
 
+def test_a_loop_of_unknown_length_is_told_that_patience_decides(tmp_path: Path, slices: Slices) -> None:
+    with Monitor(tmp_path, slices) as monitor, pytest.warns(AssumedWarning, match="patience decides.*-epochs"):
+        monitor.see(timm_model(), 0)
+
+
 def test_another_network_in_the_same_run_is_refused(tmp_path: Path, slices: Slices) -> None:
     with Monitor(tmp_path, slices, rule=StopRule("patience")) as monitor:
         monitor.see(timm_model(), 0)

@@ -72,10 +72,10 @@ def look(tmp_path: Path, run: Path, slices: Slices) -> Callable[..., tuple[Monit
     """A function that looks once, with a new monitor on the same folder, and returns it with the ending and what was said."""
 
     def once(
-        rule: StopRule = NEVER, planned: int | None = None, encoder: str | None = None, **options: Any
+        rule: StopRule = NEVER, planned: int | None = None, **options: Any
     ) -> tuple[Monitor, watching.Ending, str]:
         said: list[str] = []
-        monitor = Monitor(tmp_path / "out", slices, rule=rule, planned_epochs=planned, encoder=encoder)
+        monitor = Monitor(tmp_path / "out", slices, rule=rule, planned_epochs=planned)
         ending = watch(run, monitor, say=said.append, **{"once": True, **options})
         return monitor, ending, "\n".join(said)
 
@@ -369,10 +369,9 @@ def test_a_folder_that_is_written_again_and_again_keeps_its_best(tmp_path: Path,
         file.touch()
     (run / "last").mkdir()
     for epoch, file in enumerate(FILES[:3], 1):
-        save_file(read_contents(file).weights, run / "last" / "model.safetensors")
-        state = {"epoch": float(epoch), "global_step": 500 * epoch, "num_train_epochs": 30}
-        (run / "last" / "trainer_state.json").write_text(json.dumps(state))
-        monitor, ending, _ = look(StopRule("patience", patience=99), encoder="test_resnet")
+        about = {"architecture": "test_resnet", "epoch": str(epoch)}
+        save_file(read_contents(file).weights, run / "last" / "model.safetensors", metadata=about)
+        monitor, ending, _ = look()
     names = [f"epoch_{epoch}.safetensors" for epoch in (1, 2, 3)]
     assert [s.name for s in monitor.history] == names
     assert ending.best is not None
