@@ -158,19 +158,26 @@ def test_auto_takes_patience_where_epochs_or_length_are_unknown() -> None:
     assert not decide(StopRule("patience"), [0, 1], values, noisy(values), 20).warnings
 
 
-def test_without_a_price_an_encoder_that_was_not_fitted_goes_on_to_the_end(chooser_file: Path) -> None:
-    def decided(encoder: str, price: float = 0.0) -> tuple[int, bool]:
-        rule = StopRule("expected-gain", price=price, chooser=chooser_file)
-        # scores of a curve that has passed its best
-        advice = decide(
-            rule, EPOCHS, np.zeros(len(EPOCHS)), np.zeros((len(EPOCHS), 1)), 20, {SCORE: SEEN[0]}, 300, encoder
-        )
+@pytest.mark.parametrize(
+    ("seen", "last", "by_the_score"),
+    [
+        ([-2.82, -1.65, -0.48, -0.36, 0.89, 1.28, 0.5], 300, (5, False)),
+        ([-2.41, -1.67, -1.68, -0.54, -0.48, 0.19, 1.09], 210, (6, True)),
+    ],
+)
+def test_without_a_price_an_encoder_that_was_not_fitted_goes_on_to_the_end(
+    chooser_file: Path, seen: list[float], last: int, by_the_score: tuple[int, bool]
+) -> None:
+    def decided(encoder: str) -> tuple[int, bool]:
+        rule = StopRule("expected-gain", chooser=chooser_file)
+        advice = decide(rule, EPOCHS, seen, np.zeros((len(EPOCHS), 1)), 20, {SCORE: seen}, last, encoder)
         assert advice.gain is not None
         assert advice.gain.used == (SCORE,)
         return advice.best, advice.stop
 
+    (fitted,) = read_chooser(chooser_file).states["free"].encoders[:1]
+    assert decided(fitted) == by_the_score
     assert decided("not_fitted") == (len(EPOCHS) - 1, False)
-    assert decided("not_fitted", price=100.0)[1]
 
 
 @pytest.mark.parametrize(
