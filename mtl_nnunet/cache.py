@@ -26,6 +26,7 @@ DECIDING = (
     "checkpoints/names",
     "embedding",
     "encoder",
+    "generators",
     "paper_resnet",
     "pixels",
     "ranking",

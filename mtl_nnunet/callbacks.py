@@ -5,13 +5,19 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from mtl_nnunet.errors import UserError
 from mtl_nnunet.monitoring import Monitor
 
+# for the first process, while it scores
+LONGEST_WAIT = timedelta(days=7)
+# by the process group of the training; None where it has to do
+_PATIENT_GROUPS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 LIGHTNING = ("lightning.pytorch", "pytorch_lightning")
 # strategies whose processes hold a part of the weights each
 SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
@@ -38,14 +44,9 @@ def should_stop(monitor: Monitor, model: nn.Module, epoch: int, planned_epochs: 
     """
     import torch.distributed as dist
 
-    if not (dist.is_available() and dist.is_initialized()):
+    told = _told_by_torch()
+    if told is None:
         return monitor.see(model, epoch, planned_epochs)
-
-    def told(stop: bool | None) -> bool | None:
-        held = [stop]
-        dist.broadcast_object_list(held, src=0)
-        return held[0]
-
     return _of_first_process(dist.get_rank() == 0, lambda: monitor.see(model, epoch, planned_epochs), told)
 
 
@@ -85,7 +86,7 @@ def lightning_callback(
             stop = _of_first_process(
                 trainer.is_global_zero,
                 lambda: monitor.see(part(pl_module) if part else pl_module, epoch, planned),
-                lambda stop: trainer.strategy.broadcast(stop, src=0),
+                _told_by_torch() or (lambda stop: trainer.strategy.broadcast(stop, src=0)),
             )
             trainer.should_stop = trainer.should_stop or stop
 
@@ -127,7 +128,8 @@ class MonitorHandler:
 
         # Ignite counts from 1
         epoch, planned = engine.state.epoch - 1, engine.state.max_epochs
-        if _of_first_process(idist.get_rank() == 0, lambda: self.monitor.see(self.model, epoch, planned), told):
+        of_first = _told_by_torch() or told
+        if _of_first_process(idist.get_rank() == 0, lambda: self.monitor.see(self.model, epoch, planned), of_first):
             engine.terminate()
 
 
@@ -142,6 +144,30 @@ def _of_first_process(is_first: bool, see: Callable[[], bool], told: Callable[[b
     if stop is None:
         raise UserError("the first process could not score the model: its own message says why.")
     return stop
+
+
+def _told_by_torch() -> Callable[[bool | None], bool | None] | None:
+    """From the first process to all of them, however long it takes; None without torch's process group.
+
+    All processes have to call it before the first one begins its work.
+    """
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    world = dist.group.WORLD
+    if world not in _PATIENT_GROUPS:
+        # NCCL's own ends a training where a process waits for another for ten minutes
+        patient = dist.new_group(backend="gloo", timeout=LONGEST_WAIT) if dist.is_gloo_available() else None
+        _PATIENT_GROUPS[world] = patient
+    group = _PATIENT_GROUPS[world]
+
+    def told(stop: bool | None) -> bool | None:
+        held = [stop]
+        dist.broadcast_object_list(held, src=0, group=group)
+        return held[0]
+
+    return told
 
 
 def _lightning(package: str | None) -> Any:

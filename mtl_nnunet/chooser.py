@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -188,9 +188,7 @@ def choose_by_expected_loss(
     more, falls_back = unlike(known, model, at, whole, usable, encoder)
     if falls_back:
         more.append("that is so unlike the fitted curves that the last checkpoint is taken.")
-    # measured by leaving targets and encoders out: what is expected to be gained over the last checkpoint by epochs alone, or on an
-    # encoder that was not fitted, is not gained
-    is_last = falls_back or (price == 0 and (not usable or (encoder is not None and encoder not in known.encoders)))
+    is_last = falls_back or is_last_without_a_price(known, price, usable, encoder)
     curves = draw_curves(model, at, usable, whole)
     losses = curves.max(1, keepdims=True) - curves
     expected = losses.mean(0)
@@ -518,7 +516,7 @@ def unlike(
         said.append(
             f"the first checkpoint is {first:.1%} into the pretraining, and nothing was fitted before {known.first_share:.1%}."
         )
-    if encoder is not None and encoder not in known.encoders:
+    if not _was_fitted(known, encoder):
         # measured by leaving encoders out: twice what was expected was lost where a price stopped early
         said.append(
             f"encoder '{encoder}' was not among the fitted ones ({listed(list(known.encoders))}): more may be lost than expected."
@@ -538,6 +536,30 @@ def unlike(
                 said.append(f"score '{name}': its {what} is beyond 99 % of the fitted curves.")
             is_extreme |= share < EXTREME
     return said, is_extreme
+
+
+def is_last_without_a_price(known: StateModel, price: float, used: Collection[str], encoder: str | None) -> bool:
+    """Whether nothing is to be gained over the last epoch: at no price, without a score or on an encoder that was not fitted.
+
+    Measured by leaving targets and encoders out.
+
+    Args:
+        known: What was fitted.
+        price: What a whole pretraining is worth, in Dice points.
+        used: Scores that entered.
+        encoder: Architecture, or None where it is not looked at.
+    """
+    return price == 0 and (not used or not _was_fitted(known, encoder))
+
+
+def _was_fitted(known: StateModel, encoder: str | None) -> bool:
+    if encoder is None or encoder in known.encoders:
+        return True
+    # imported only here: it brings PyTorch
+    from mtl_nnunet.paper_resnet import PLAIN, WITH_DROP_PATH
+
+    # the published tables call the paper's own ResNet-50 by the usual name
+    return encoder in (PLAIN, WITH_DROP_PATH) and "resnet50" in known.encoders
 
 
 def _between(low: float, high: float) -> str:

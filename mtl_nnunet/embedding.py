@@ -209,6 +209,8 @@ def _at_pixels(maps: Tensor, pixels: Pixels, rows: slice, size: Sequence[int]) -
     """Features at pixels, interpolated between the map's own positions, shape (M, D)."""
     first, last = np.searchsorted(pixels.slices, [rows.start, rows.stop])
     height, width = size
+    # Apple's devices have no sampling beyond the border before torch 2.13
+    maps = maps.cpu() if maps.device.type == "mps" else maps
     # pixel centres in the map's coordinates, where -1 and 1 are the image's edges
     y = torch.as_tensor((pixels.rows[first:last] + 0.5) / height * 2 - 1, dtype=torch.float32)
     x = torch.as_tensor((pixels.columns[first:last] + 0.5) / width * 2 - 1, dtype=torch.float32)
@@ -228,7 +230,9 @@ def resolved_precision(device: str, precision: str) -> str:
     """``fp32`` or ``bf16``: what ``auto`` stands for on this device."""
     if precision != "auto":
         return precision
-    return "bf16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "fp32"
+    # emulated it is slower than float32
+    has_it = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if has_it else "fp32"
 
 
 def _autocast(device: str, precision: str) -> AbstractContextManager[None]:

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 # on import it registers its networks with timm
 from mtl_nnunet import paper_resnet  # noqa: F401
 from mtl_nnunet.errors import UserError, listed
+from mtl_nnunet.generators import kept, seeded
 from mtl_nnunet.inflation import Depth, inflate
 
 MIN_LEVELS = 3
@@ -196,9 +197,8 @@ class TimmEncoder(nn.Module):
 
 
 def random_encoder(name: str, input_channels: int, seed: int) -> TimmEncoder:
-    """The encoder at its random initialisation, the same for the same seed; the global generator is left alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    """The encoder at its random initialisation, the same for the same seed; the global generators are left alone."""
+    with seeded(seed):
         return TimmEncoder(name, input_channels)
 
 
@@ -245,5 +245,5 @@ def _first_convolutions(model: Any) -> tuple[str, ...]:
 
 @lru_cache(maxsize=8)
 def _classifier_keys(name: str) -> frozenset[str]:
-    with torch.random.fork_rng(devices=[]):
+    with kept():
         return frozenset(timm.create_model(name, pretrained=False).state_dict())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -58,18 +59,23 @@ def written_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
         UserError: The file could not be written (disk full, no permission); nothing is left behind.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        _to_disk(temporary)
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(_could_not_write(path, error)) from error
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def temporary_beside(path: Path) -> Path:
+    """A name for a file that is to take the place of ``path``; no other process has it, whichever container it runs in."""
+    # the first process of every container has the number 1
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -99,8 +105,7 @@ def folder_written_atomically(folder: str | os.PathLike[str], overwrite: bool = 
         written = [f for f in temporary.rglob("*") if not f.is_symlink()]
         for file in written:
             if file.is_file():
-                with open(file, "rb") as opened:
-                    os.fsync(opened.fileno())
+                _to_disk(file)
         # mkdtemp makes a private folder, safetensors private files; a selection is as readable as any other result
         umask = os.umask(0)
         os.umask(umask)
@@ -142,8 +147,7 @@ def files_written_together(folder: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         files = sorted(temporary.iterdir())
         for file in files:
-            with open(file, "rb") as opened:
-                os.fsync(opened.fileno())
+            _to_disk(file)
         for file in files:
             os.replace(file, folder / file.name)
     except OSError as error:
@@ -151,6 +155,12 @@ def files_written_together(folder: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _to_disk(file: Path) -> None:
+    # Windows does so with files that are open for writing only
+    with open(file, "r+b" if os.name == "nt" else "rb") as opened:
+        os.fsync(opened.fileno())
 
 
 def _folder_beside(folder: Path) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import fcntl
 import hashlib
 import json
 import os
@@ -32,6 +31,7 @@ from mtl_nnunet.encoder import TimmEncoder, random_encoder
 from mtl_nnunet.errors import AssumedWarning, UserError, listed
 from mtl_nnunet.figures import draw_ranking, save_png
 from mtl_nnunet.files import to_json, write_text, written_atomically
+from mtl_nnunet.generators import kept
 from mtl_nnunet.ranking import RANDOM, Ranking, loaded_encoder, ranking_of, score_on_target, what_decides
 from mtl_nnunet.scores import Score, parse_scores
 from mtl_nnunet.select import scores_of_the_chooser
@@ -166,7 +166,8 @@ class Monitor:
         if self._lock is None:
             self._lock = locked(self.folder / LOCK_FILE, f"a watcher of {self.folder}")
             try:
-                remove_leftovers(self.folder)
+                remove_leftovers(self.folder, [SETTINGS_FILE, HISTORY_FILE, CURVE_FILE, STOP_FILE])
+                remove_leftovers(self.folder / RESULTS_FOLDER)
                 self._resume()
             except BaseException:
                 self.close()
@@ -210,6 +211,10 @@ class Monitor:
             encoder = copied_encoder(model, name, self.slices.images.shape[1], self.seed, f"epoch {epoch}")
             self._settle_encoder(encoder.name if isinstance(encoder, TimmEncoder) else type(encoder).__name__)
             seen = self._see(f"epoch {epoch}", epoch, None, weights_sha256(encoder), None, lambda: encoder)
+        if self.rule.name == "auto" and seen.said["rule"] == "patience":
+            for said in seen.said["warnings"][:1]:
+                # Python shows the same warning of the same line once
+                warnings.warn(said, AssumedWarning, stacklevel=2)
         return bool(seen.said["stop"])
 
     def see_checkpoint(
@@ -467,16 +472,13 @@ def weights_sha256(module: nn.Module) -> str:
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
     """Leave the random generators of Python, numpy and torch as they were."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        if on_gpus is not None:
-            torch.cuda.set_rng_state_all(on_gpus)
+    states = random.getstate(), np.random.get_state()
+    with kept():
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
 
 def _is_first_process() -> bool:
@@ -497,17 +499,19 @@ def locked(path: Path, what: str) -> IO[str]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+")
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644), "r+")
     except OSError as error:
         raise UserError(f"could not write {path}: {error.strerror}. Pass -o another folder.") from error
     try:
+        import fcntl
+
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         owner = file.read().strip() or "unknown"
         file.close()
         raise UserError(f"{what} is running already: process {owner}. End it first, or leave it to its work.") from None
-    except OSError:
-        # a file system without locks
+    except (OSError, ImportError):
+        # a file system without locks, or Windows
         warnings.warn(
             f"{path.parent} cannot be locked: see to it that one watcher uses it.", AssumedWarning, stacklevel=2
         )
@@ -517,9 +521,9 @@ def locked(path: Path, what: str) -> IO[str]:
     return file
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove files that a process that was killed did not finish."""
-    for file in folder.rglob(".*.tmp"):
+def remove_leftovers(folder: Path, names: Sequence[str] = ("*",)) -> None:
+    """Remove files of these names, or of all, that a process that was killed did not finish; subfolders are left alone."""
+    for file in (f for name in names for f in folder.glob(f".{name}.*.tmp")):
         with contextlib.suppress(OSError):
             file.unlink()
 

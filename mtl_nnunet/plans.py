@@ -170,8 +170,13 @@ def write_plans(
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{source} is no plans file of nnU-Net v2 ({error!r}). Plan the dataset again.") from error
     selection = read_selection(selection_folder or folder / DEFAULT_FOLDER)
-    # relative, so that the preprocessed folder can move
-    record = {**selection.record(), "folder": os.path.relpath(selection.folder, folder)}
+    # relative, so that the preprocessed folder can move; from where links lead to, since what follows .. is looked up there
+    place = (
+        os.path.relpath(os.path.realpath(selection_folder), os.path.realpath(folder))
+        if selection_folder
+        else DEFAULT_FOLDER
+    )
+    record = {**selection.record(), "folder": place}
     # plans that carry a recipe keep it
     record[RECIPE_KEY] = {**plans.get(RECORD_KEY, {}).get(RECIPE_KEY, {}), **(recipe or {})}
     source_plans = deepcopy(plans)

@@ -15,14 +15,13 @@ from tqdm import tqdm
 from mtl_nnunet.bootstrap import FEWEST_PATIENTS as FEWEST_FOR_INTERVAL
 from mtl_nnunet.bootstrap import interval
 from mtl_nnunet.cache import Scored
-from mtl_nnunet.checkpoints import Checkpoint, read_weights
+from mtl_nnunet.checkpoints import Checkpoint
 from mtl_nnunet.decision import Rule
 from mtl_nnunet.embedding import Target, embed, make_target
-from mtl_nnunet.encoder import random_encoder
 from mtl_nnunet.errors import NoScoreError, UserError
 from mtl_nnunet.parallel import in_parallel
 from mtl_nnunet.pixels import Pixels
-from mtl_nnunet.ranking import RankedCheckpoint, Ranking, evaluate, last_epoch, ranking_of
+from mtl_nnunet.ranking import RankedCheckpoint, Ranking, evaluate, last_epoch, loaded_encoder, ranking_of
 from mtl_nnunet.scores import Features, Score
 from mtl_nnunet.slices import Slices
 
@@ -70,6 +69,9 @@ def race_checkpoints(
     order = np.random.default_rng([seed, 2]).permutation(target.num_patients)
     ends = sorted({max(min(FEWEST_PATIENTS, len(order)), round(share * len(order))) for share in SHARES})
     candidates: list[Checkpoint | None] = [*checkpoints, None]
+    for checkpoint in checkpoints:
+        # of the file as it is now: what is read later must still be this
+        checkpoint.content_key  # noqa: B018
     running = list(range(len(candidates)))
     seen: dict[int, list[Features]] = {i: [] for i in running}
     out: dict[int, tuple[Scored, tuple[float, float], int]] = {}
@@ -167,9 +169,7 @@ def survivors(values: Sequence[float], samples: np.ndarray, num_patients: int) -
 def _embed_candidate(
     checkpoint: Checkpoint | None, name: str, part: Target, score: Score, seed: int, device: str, precision: str
 ) -> Features:
-    encoder = random_encoder(name, part.input_channels, seed)
-    if checkpoint is not None:
-        encoder.load_weights(read_weights(checkpoint), str(checkpoint.path))
+    encoder = loaded_encoder(checkpoint, name, part.input_channels, seed)
     return embed(encoder, part, [score], device, precision)
 
 

@@ -333,6 +333,8 @@ def loaded_encoder(checkpoint: Checkpoint | None, name: str, input_channels: int
     encoder = random_encoder(name, input_channels, seed)
     if checkpoint is not None:
         encoder.load_weights(read_weights(checkpoint), str(checkpoint.path))
+        # the result is kept under the hash, which was taken before
+        checkpoint.refuse_changed()
     return encoder
 
 

@@ -308,9 +308,13 @@ def all_warnings(ranking: Ranking, dataset: Dataset, slices: Slices, fold: int |
         slices: What was read of them.
         fold: Whose validation cases were kept out, or ``all``.
     """
+    return warnings_in_words(ranking, slices.num_patients) + warnings_of_cases(dataset, slices, fold)
+
+
+def warnings_of_cases(dataset: Dataset, slices: Slices, fold: int | str | None) -> list[str]:
+    """What a user should know of labels, of cases left out and of patients, whatever is scored on them."""
     of_nnunet = dataset.reader != "monai"
-    warnings = warnings_in_words(ranking, slices.num_patients)
-    warnings += labels_in_words(slices, fold, can_keep_out=of_nnunet and len(dataset.cases) >= FEWEST_TO_SPLIT)
+    warnings = labels_in_words(slices, fold, can_keep_out=of_nnunet and len(dataset.cases) >= FEWEST_TO_SPLIT)
     warnings += [f"Case {name} was skipped: {reason}" for name, reason in slices.skipped]
     if of_nnunet and (table := table_of_patients_left_unread(dataset)) is not None:
         warnings.append(f"Every case counted as a patient of its own, though {table} is there. Pass it with -patients.")

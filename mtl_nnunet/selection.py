@@ -47,6 +47,8 @@ FILES = (
 )
 # pictures of trainings that started from it, which go when it does
 TRAINING_FILES = re.compile(r"training_.+__.+__.+_fold_(\d+|all)(\.html|_(curves|cases)\.(png|svg))")
+# of folders that were looked into
+LEFT_BY_SYSTEMS = (".DS_Store", "Thumbs.db", "desktop.ini")
 DEFAULT_FOLDER = "mtl_selection"
 PACKAGES = ("torch", "timm", "monai", "nnunetv2", "numpy", "scipy", "SimpleITK")
 
@@ -146,7 +148,7 @@ def write_selection(
 
     refuse_foreign_folder(folder, overwrite)
     with folder_written_atomically(folder, overwrite) as temporary:
-        not_loaded = _write_encoder(temporary / ENCODER_FILE, rankings[0])
+        not_loaded = _write_encoder(temporary / ENCODER_FILE, rankings[0], len(dataset.channel_names))
         encoder = {
             "name": rankings[0].encoder,
             "file": ENCODER_FILE,
@@ -309,16 +311,18 @@ def selected_sha256(folder: Path) -> str | None:
 
 
 def _is_ours(name: str) -> bool:
-    return name in FILES or TRAINING_FILES.fullmatch(name) is not None
+    return name in (*FILES, *LEFT_BY_SYSTEMS) or TRAINING_FILES.fullmatch(name) is not None
 
 
-def _write_encoder(path: Path, ranking: Ranking) -> list[str]:
+def _write_encoder(path: Path, ranking: Ranking, input_channels: int) -> list[str]:
     checkpoint = ranking.chosen.checkpoint
     assert checkpoint is not None
-    encoder, contents = TimmEncoder(ranking.encoder), read_contents(checkpoint.path, checkpoint.weights)
+    encoder = TimmEncoder(ranking.encoder, input_channels)
+    contents = read_contents(checkpoint.path, checkpoint.weights)
     # scoring may have stopped before the last layers: what training will load is checked here
     not_loaded = encoder.load_weights(contents.weights, str(checkpoint.path))
     weights = encoder.own_part(contents.weights)
+    checkpoint.refuse_changed()
     provenance = {
         "architecture": ranking.encoder,
         "checkpoint": checkpoint.path.name,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from mtl_nnunet.chooser import (
     Chooser,
     by_epoch,
     draw_curves,
+    is_last_without_a_price,
     log_time,
     read_chooser,
     restricted,
@@ -42,7 +43,7 @@ class StopRule:
     Attributes:
         name: ``expected-gain``: stop where no later epoch is expected to bring more Dice than its epochs are worth;
             ``patience``: stop where the score has not improved for some checkpoints; ``auto``: the former where checkpoints
-            state epochs and the length of the run is known, else the latter.
+            state epochs and the length of the run is known, else the latter, which no price goes with.
         price: Expected gain: what a whole pretraining is worth, in Dice points.
         state: Expected gain: whether the encoder will be trained on the target (``free``) or not (``frozen``).
         patience: For how many checkpoints the score may fail to improve.
@@ -149,7 +150,7 @@ def decide(
         encoder: Architecture, to be told where the chooser never saw it.
 
     Raises:
-        UserError: No checkpoint, one epoch twice, or expected gain where epochs or the length are not known.
+        UserError: No checkpoint, one epoch twice, or expected gain or a price where epochs or the length are not known.
 
     Examples:
         >>> samples = np.array([[0.70, 0.72], [0.80, 0.82], [0.80, 0.81], [0.79, 0.80]])
@@ -166,16 +167,24 @@ def decide(
             f"an epoch is given twice: {listed([f'{e:g}' for e in sorted(at)], 20)}. Expected one checkpoint an epoch."
         )
     by_gain = rule.name == "expected-gain" or (rule.name == "auto" and dated and last_epoch is not None)
+    missing = (
+        "the planned length of the run is not known: pass -epochs N (where checkpoints state epochs, not steps)"
+        if dated
+        else "not every checkpoint states its epoch"
+    )
     if by_gain and (not dated or last_epoch is None):
-        missing = (
-            "the planned length of the run is not known: pass -epochs"
-            if dated
-            else "not every checkpoint states its epoch"
-        )
         raise UserError(f"rule 'expected-gain' goes by epochs, and {missing}. Or use -rule patience.")
+    if rule.name == "auto" and not by_gain and rule.price > 0:
+        raise UserError(
+            f"a price of {rule.price:g} Dice points is held against a gain by epochs, and {missing}. Or use -rule patience, which has no price."
+        )
     is_over = dated and last_epoch is not None and at.max() >= last_epoch
     if not by_gain:
-        return _by_patience(rule, at, np.asarray(values, float), samples, num_patients, dated, bool(is_over))
+        advice = _by_patience(rule, at, np.asarray(values, float), samples, num_patients, dated, bool(is_over))
+        if rule.name == "patience":
+            return advice
+        said = f"patience decides, and may stop at a plateau of the score: {missing}."
+        return replace(advice, warnings=(said, *advice.warnings))
     assert last_epoch is not None
     # a run that goes on beyond its plan is over all the same
     gain = expected_gain(
@@ -187,8 +196,7 @@ def decide(
         rule.price,
         encoder,
     )
-    # without a price, epochs alone were not found to choose better than the last one
-    goes_on = rule.price == 0 and not gain.used
+    goes_on = is_last_without_a_price(read_chooser(rule.chooser).states[rule.state], rule.price, gain.used, encoder)
     best = int(np.argmax(at)) if goes_on else gain.best
     if is_over:
         return Advice(True, True, "expected-gain", best, "the last planned epoch is reached", None, gain.warnings)

@@ -21,7 +21,7 @@ from torch import nn
 
 from mtl_nnunet import __version__
 from mtl_nnunet.errors import UserError
-from mtl_nnunet.files import to_json, write_text, written_atomically
+from mtl_nnunet.files import temporary_beside, to_json, write_text, written_atomically
 from mtl_nnunet.plans import ITERATIONS_KEY, RECIPE_KEY, RECORD_KEY, selection_of, with_timm_unet
 from mtl_nnunet.recipe import (
     RECIPE_VARIABLE,
@@ -117,8 +117,8 @@ class MTLTrainer(nnUNetTrainer):
         self.print_to_log_file(
             f"Recipe: {self.recipe.summary}; {self._warmup()} of {self.num_epochs} epochs of "
             f"{self.num_iterations_per_epoch} iterations are warm-up, then poly decay; patch size "
-            f"{list(self.configuration_manager.patch_size)}, batch size {self.batch_size}, BatchNorm statistics of the encoder "
-            f"{'frozen' if self.recipe.freezes_statistics(self.batch_size) else 'live'}."
+            f"{list(self.configuration_manager.patch_size)}, batch size {self.configuration_manager.batch_size}, BatchNorm statistics of the "
+            f"encoder {'frozen' if self._freezes_statistics() else 'live'}."
         )
         if self.fixed:
             fixed = ", ".join(f"{k}={v}" for k, v in self.fixed.items())
@@ -133,7 +133,7 @@ class MTLTrainer(nnUNetTrainer):
         """Before nnU-Net switches to training mode, say what of the encoder stays as it is."""
         frozen = self.current_epoch < self._frozen_epochs()
         encoder = self._bare_network().encoder
-        encoder.frozen, encoder.frozen_statistics = frozen, self.recipe.freezes_statistics(self.batch_size)
+        encoder.frozen, encoder.frozen_statistics = frozen, self._freezes_statistics()
         super().on_train_epoch_start()
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -271,7 +271,7 @@ class MTLTrainer(nnUNetTrainer):
         folder = Path(self.output_folder_base)
         record = self.plans_manager.plans[RECORD_KEY]
         file = folder / RECORD_FILE
-        temporary = folder / f".{RECORD_FILE}.{os.getpid()}.tmp"
+        temporary = temporary_beside(file)
         write_text(temporary, to_json(record))
         try:
             # a link is made only where no file is: of two folds that start at once, one finds the other's record
@@ -363,6 +363,10 @@ class MTLTrainer(nnUNetTrainer):
 
     def _frozen_epochs(self) -> int:
         return self.num_epochs if self.recipe.frozen_epochs == "all" else int(self.recipe.frozen_epochs)
+
+    def _freezes_statistics(self) -> bool:
+        # by the batch of all GPUs: shares of 7 are 4 and 3, and one GPU would wait for statistics that the other does not send
+        return self.recipe.freezes_statistics(self.configuration_manager.batch_size)
 
     def _bare_network(self) -> Any:
         network: Any = (

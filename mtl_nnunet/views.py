@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mtl_nnunet.errors import UserError, listed
+from mtl_nnunet.generators import seeded
 
 
 def make_views(images: Tensor, kind: str, num_views: int, seed: int, strength: float = 1.0) -> Tensor:
@@ -99,8 +100,7 @@ def paper_view(
     jitter = ColorJitter(
         brightness=0.1 * strength, contrast=0.05 * strength, saturation=0.1 * strength, hue=0.05 * strength
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_derived_seed(seed, view))
+    with seeded(_derived_seed(seed, view)):
         jittered = jitter(in_range)
     view_in_range: Tensor = jittered.reshape(images.shape)
     return view_in_range * width + low

@@ -29,7 +29,7 @@ from mtl_nnunet.checkpoints.checkpoint import NAMES_IN_FOLDERS
 from mtl_nnunet.checkpoints.filenames import SUFFIXES, is_copy_name, surely_epoch_in_name, telling_name
 from mtl_nnunet.errors import UserError
 from mtl_nnunet.files import to_json, write_text, written_atomically
-from mtl_nnunet.monitoring import STOP_FILE, Monitor, Seen, locked
+from mtl_nnunet.monitoring import STOP_FILE, Monitor, Seen, locked, remove_leftovers
 from mtl_nnunet.stopping import Advice
 
 COPIES_FOLDER = "checkpoints"
@@ -102,10 +102,15 @@ def watch(
     if monitor.folder.resolve() == run.resolve():
         raise UserError(f"{run} is the folder of the run itself. Pass -o another folder, such as {run / 'watch'}.")
     name = hashlib.sha256(f"{run.resolve()}\n{monitor.dataset}".encode()).hexdigest()[:16]
-    lock = Path(tempfile.gettempdir()) / f"mtl-nnunet-watch-{os.getuid()}-{name}.lock"
+    # Windows has no number of the user, and a folder of temporary files for each
+    user = os.getuid() if hasattr(os, "getuid") else "user"
+    lock = Path(tempfile.gettempdir()) / f"mtl-nnunet-watch-{user}-{name}.lock"
     with locked(lock, f"a watcher of {run} for {monitor.dataset}"), monitor:
         # a watch is no process of a training, whatever its environment says
         monitor.open()
+        copies = monitor.folder / COPIES_FOLDER
+        for folder in (copies, *(d for d in copies.glob("*") if d.is_dir())):
+            remove_leftovers(folder)
         stopped = monitor.folder / STOP_FILE
         if stopped.exists():
             say(
@@ -487,8 +492,13 @@ def _renamed(copy: Path, checkpoint: Checkpoint) -> tuple[Path, str]:
         name = f"step_{checkpoint.step}{suffix}"
     else:
         name = f"epoch_unknown_{checkpoint.sha256[:12]}{suffix}"
-    os.replace(copy, copy.with_name(name))
-    return copy.with_name(name), name
+    if copy.name not in NAMES_IN_FOLDERS:
+        os.replace(copy, copy.with_name(name))
+        return copy.with_name(name), name
+    moved = copy.parent.with_name(name)
+    os.replace(copy, moved)
+    shutil.rmtree(copy.parent, ignore_errors=True)
+    return moved, name
 
 
 def _remove_copy(copy: Path) -> None:

@@ -267,3 +267,28 @@ if __name__ == "__main__":
     assert done.returncode == 0, done.stdout + done.stderr
     # both after the first epoch, and only the first process has scored
     assert [(tmp_path / f"ended_{rank}").read_text().split() for rank in (0, 1)] == [["1", "1"], ["1", "0"]]
+
+
+@pytest.mark.slow
+def test_the_others_wait_longer_for_the_first_process_than_their_training_would(tmp_path: Path) -> None:
+    code = f"""
+import pathlib, sys, time, torch.distributed as dist
+from datetime import timedelta
+from mtl_nnunet.callbacks import should_stop
+rank = int(sys.argv[1])
+here = pathlib.Path("{tmp_path}")
+(here / f"ready_{{rank}}").touch()
+while not (here / f"ready_{{1 - rank}}").exists():
+    time.sleep(0.1)
+dist.init_process_group("gloo", init_method=f"file://{{here}}/meeting", rank=rank, world_size=2, timeout=timedelta(seconds=10))
+class Slow:
+    def see(self, *_):
+        time.sleep(15)
+        return True
+print(should_stop(Slow(), None, 0), should_stop(Slow(), None, 1))
+dist.destroy_process_group()
+"""
+    begun = [
+        subprocess.Popen([sys.executable, "-c", code, str(rank)], stdout=subprocess.PIPE, text=True) for rank in (0, 1)
+    ]
+    assert [process.communicate(timeout=300)[0].strip() for process in begun] == ["True True"] * 2

@@ -579,6 +579,7 @@ def test_resnet_in_a_sequential_as_in_lightlys_documentation(tmp_path: Path) -> 
 def test_a_network_of_each_family_is_told_by_its_tensors(name: str) -> None:
     # on an image classifier's tensors, and nothing else
     assert name in inferred_architecture(timm.create_model(name).state_dict())
+    assert name in inferred_architecture(timm.create_model(name, in_chans=1).state_dict())
 
 
 # plain data of packages that need not be here

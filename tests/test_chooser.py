@@ -441,3 +441,16 @@ def test_the_shipped_chooser_takes_the_last_without_a_price(state: str, epochs: 
 def test_epochs_that_count_from_zero_are_one_more() -> None:
     said = [choose_by_expected_loss(read_chooser(), epochs, None).warnings for epochs in ([0, 7, 15], [1, 7, 15])]
     assert ["this pretraining has" in " ".join(w) for w in said] == [False, True]
+
+
+def test_the_papers_own_network_is_among_the_published_curves() -> None:
+    told = [
+        choose_by_expected_loss(read_chooser(), [50, 100, 200, 300], None, "free", encoder=name).warnings
+        for name in ("resnet50", "resnet50_padded_shortcut", "resnet50_padded_shortcut_droppath", "resnet101")
+    ]
+    assert [any("was not among the fitted ones" in w for w in warnings) for warnings in told] == [
+        False,
+        False,
+        False,
+        True,
+    ]

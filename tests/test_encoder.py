@@ -128,6 +128,16 @@ def test_unknown_encoder_suggests_close_names() -> None:
         TimmEncoder("resnet5O")
 
 
+def test_a_device_that_is_not_used_yet_keeps_the_seed_it_was_given() -> None:
+    # PyTorch seeds it when it is first used, by what it was told last
+    told = torch.cuda._lazy_seed_tracker.get_calls
+    torch.manual_seed(5)
+    before = told()
+    random_encoder("test_resnet", 1, 0)
+    assert told() == before
+    assert torch.cuda.is_initialized() or before
+
+
 def test_random_encoder_repeats_and_leaves_the_global_generator_alone() -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)

@@ -98,3 +98,12 @@ def test_files_are_written_into_a_disks_topmost_folder() -> None:
         assert Path("/dev/shm", name).read_text() == "whole"
     finally:
         Path("/dev/shm", name).unlink(missing_ok=True)
+
+
+def test_processes_of_the_same_number_do_not_write_into_one_file(tmp_path: Path) -> None:
+    # the first process of every container is number 1
+    with written_atomically(tmp_path / "results") as first, written_atomically(tmp_path / "results") as second:
+        first.write_text("first")
+        second.write_text("second")
+        assert first.read_text() == "first"
+    assert everything(tmp_path) == ["results"]

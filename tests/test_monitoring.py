@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,8 +21,8 @@ from mtl_nnunet.cache import ResultCache
 from mtl_nnunet.cases import find_image_folder
 from mtl_nnunet.checkpoints import find_checkpoints, read_weights
 from mtl_nnunet.encoder import TimmEncoder, random_encoder
-from mtl_nnunet.errors import UserError
-from mtl_nnunet.monitoring import CURVE_FILE, HISTORY_FILE, Monitor, copied_encoder, undisturbed
+from mtl_nnunet.errors import AssumedWarning, UserError
+from mtl_nnunet.monitoring import CURVE_FILE, HISTORY_FILE, Monitor, copied_encoder, locked, undisturbed
 from mtl_nnunet.ranking import rank_checkpoints
 from mtl_nnunet.slices import Slices, gather_slices
 from mtl_nnunet.stopping import StopRule
@@ -248,6 +249,11 @@ def test_an_epoch_that_is_trained_again_takes_the_place_of_the_old_one(tmp_path:
         assert len(monitor.history) == 1
 
 
+def test_a_loop_of_unknown_length_is_told_that_patience_decides(tmp_path: Path, slices: Slices) -> None:
+    with Monitor(tmp_path, slices) as monitor, pytest.warns(AssumedWarning, match="patience decides.*-epochs"):
+        monitor.see(timm_model(), 0)
+
+
 def test_another_network_in_the_same_run_is_refused(tmp_path: Path, slices: Slices) -> None:
     with Monitor(tmp_path, slices, rule=StopRule("patience")) as monitor:
         monitor.see(timm_model(), 0)
@@ -288,3 +294,25 @@ def test_weights_that_do_not_fit_are_named() -> None:
     with pytest.raises(UserError, match=r"epoch 3 does not fit timm encoder 'test_resnet'"):
         copied_encoder(model, "test_resnet", 1, 0, "epoch 3")
     assert isinstance(copied_encoder(random_encoder("test_resnet", 1, 0), None, 1, 0, "epoch 0"), TimmEncoder)
+
+
+def test_only_its_own_unfinished_files_are_removed(tmp_path: Path, slices: Slices) -> None:
+    own = [tmp_path / ".history.jsonl.17.tmp", tmp_path / "results" / ".0123.npz.17.tmp"]
+    others = [
+        tmp_path / ".download.17.tmp",
+        tmp_path / "run" / ".checkpoint.17.tmp",
+        tmp_path / "checkpoints" / ".a.1.tmp",
+    ]
+    for file in (*own, *others):
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    with Monitor(tmp_path, slices):
+        pass
+    assert [f.exists() for f in (*own, *others)] == [False, False, True, True, True]
+
+
+def test_without_locks_of_files_the_user_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Windows has no such module
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with pytest.warns(AssumedWarning, match="cannot be locked"), locked(tmp_path / "lock", "a watcher"):
+        pass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from mtl_nnunet.cache import ResultCache, Scored
 from mtl_nnunet.cases import find_nnunet_dataset
 from mtl_nnunet.checkpoints import find_checkpoints, read_contents
 from mtl_nnunet.cli.select_checkpoint import main
-from mtl_nnunet.embedding import embed, make_target
+from mtl_nnunet.embedding import embed, make_target, resolved_precision
 from mtl_nnunet.encoder import random_encoder
 from mtl_nnunet.errors import UserError
 from mtl_nnunet.parallel import workers
@@ -236,6 +237,28 @@ def test_cases_are_read_and_viewed_once_however_many_checkpoints(
     select_checkpoint(1, DEMO_RUN, scores, num_slices=20)
     assert sorted(read) == [f"case_{i:02d}" for i in range(5)]
     assert sorted(viewed) == [("plain", 1, 0), ("scanner", 3, 0)]
+
+
+def test_a_checkpoint_that_was_written_to_since_it_was_hashed_is_refused(tmp_path: Path) -> None:
+    files = [DEMO_RUN / f"checkpoint-{epoch}.pth.tar" for epoch in (0, 3)]
+    last = Path(shutil.copy(files[0], tmp_path / "last.pth.tar"))
+    (checkpoint,) = find_checkpoints(last)
+    key = checkpoint.content_key
+    os.utime(last, (1, 1))
+    ranking_module.loaded_encoder(checkpoint, "test_resnet", 1, 0)
+    os.replace(shutil.copy(files[1], tmp_path / "new"), last)
+    with pytest.raises(UserError, match="was written to in the meantime"):
+        ranking_module.loaded_encoder(checkpoint, "test_resnet", 1, 0)
+    last.unlink()
+    with pytest.raises(UserError):
+        checkpoint.refuse_changed()
+    assert checkpoint.content_key == key
+
+
+def test_half_precision_is_for_gpus_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    # as PyTorch answers on a Tesla T4
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert resolved_precision("cuda", "auto") == "fp32"
 
 
 def test_damaged_entries_of_the_cache_are_computed_again(slices: Slices, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,17 +22,26 @@ import torch
 from conftest import DEMO_RUN, REAL_DATA, needs_real_data, phantom, write_image
 from test_chooser import SCORE
 
+import mtl_nnunet.select
 from mtl_nnunet.bootstrap import bootstrap_draws
 from mtl_nnunet.cases import find_nnunet_dataset
 from mtl_nnunet.checkpoints import find_checkpoints, read_contents
 from mtl_nnunet.chooser import SHIPPED, choose_by_expected_loss, read_chooser
 from mtl_nnunet.cli.select_checkpoint import main
+from mtl_nnunet.encoder import TimmEncoder
 from mtl_nnunet.errors import UserError
 from mtl_nnunet.files import sha256
 from mtl_nnunet.ranking import rank_checkpoints
 from mtl_nnunet.scores import parse_score
 from mtl_nnunet.select import scores_of_the_chooser
-from mtl_nnunet.selection import ENCODER_FILE, read_selection
+from mtl_nnunet.selection import (
+    ENCODER_FILE,
+    SELECTION_FILE,
+    load_selected_encoder,
+    read_selection,
+    refuse_foreign_folder,
+    write_selection,
+)
 from mtl_nnunet.slices import gather_slices
 
 FEW = ("-num_slices", "24", "-device", "cpu")
@@ -544,3 +554,37 @@ def test_real_run_on_real_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [c["epoch"] for c in content["checkpoints"]] == [0, 1, 2, 3, 5, 8, 12, 16, 20, 25, 30, 35, 39]
     assert content["checkpoints"][-1]["logged_accuracy"] == 36.42
     assert content["choice"]["value"] > content["random_initialisation"]["value"]
+
+
+def test_a_checkpoint_that_was_written_to_while_it_was_scored_is_not_selected(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last = Path(shutil.copy(DEMO_RUN / "checkpoint-0.pth.tar", tmp_path / "last.pth.tar"))
+
+    def written_meanwhile(*arguments: Any) -> Any:
+        shutil.copy(DEMO_RUN / "checkpoint-39.pth.tar", last)
+        return write_selection(*arguments)
+
+    monkeypatch.setattr(mtl_nnunet.select, "write_selection", written_meanwhile)
+    assert "was written to in the meantime" in refused(capsys, "-rule", "best", ckpt=last)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_network_of_one_channel_is_selected_and_trained_from(dataset: Path, tmp_path: Path) -> None:
+    model = timm.create_model("test_resnet", in_chans=1)
+    torch.save({"arch": "test_resnet", "epoch": 3, "state_dict": model.state_dict()}, tmp_path / "checkpoint-3.pth.tar")
+    assert run(ckpt=tmp_path / "checkpoint-3.pth.tar") == 0
+    # what MTLTrainer does with its network's encoder
+    encoder = TimmEncoder("test_resnet", 1)
+    load_selected_encoder(read_selection(selection_folder()), encoder)
+    first = f"{model.pretrained_cfg['first_conv']}.weight"
+    assert torch.equal(encoder.timm.model.state_dict()[first], model.state_dict()[first])
+
+
+def test_what_a_file_browser_left_in_a_selection_is_no_hindrance(tmp_path: Path) -> None:
+    for name in (SELECTION_FILE, ".DS_Store"):
+        (tmp_path / name).write_text("{}")
+    refuse_foreign_folder(tmp_path, overwrite=True)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"notes\.txt"):
+        refuse_foreign_folder(tmp_path, overwrite=True)

@@ -150,6 +150,34 @@ def test_auto_takes_patience_where_epochs_or_length_are_unknown() -> None:
         for epochs, last in (([0, 1], 39), ([0, 1], None), ([None, 1], 39))
     ]
     assert rules == ["expected-gain", "patience", "patience"]
+    for epochs, last, missing in (([0, 1], None, "pass -epochs N"), ([None, 1], 39, "not every checkpoint states")):
+        told = decide(StopRule(), epochs, values, noisy(values), 20, None, last).warnings
+        assert len(told) == 1
+        assert "patience decides" in told[0]
+        assert missing in told[0]
+    assert not decide(StopRule("patience"), [0, 1], values, noisy(values), 20).warnings
+
+
+@pytest.mark.parametrize(
+    ("seen", "last", "by_the_score"),
+    [
+        ([-2.82, -1.65, -0.48, -0.36, 0.89, 1.28, 0.5], 300, (5, False)),
+        ([-2.41, -1.67, -1.68, -0.54, -0.48, 0.19, 1.09], 210, (6, True)),
+    ],
+)
+def test_without_a_price_an_encoder_that_was_not_fitted_goes_on_to_the_end(
+    chooser_file: Path, seen: list[float], last: int, by_the_score: tuple[int, bool]
+) -> None:
+    def decided(encoder: str) -> tuple[int, bool]:
+        rule = StopRule("expected-gain", chooser=chooser_file)
+        advice = decide(rule, EPOCHS, seen, np.zeros((len(EPOCHS), 1)), 20, {SCORE: seen}, last, encoder)
+        assert advice.gain is not None
+        assert advice.gain.used == (SCORE,)
+        return advice.best, advice.stop
+
+    (fitted,) = read_chooser(chooser_file).states["free"].encoders[:1]
+    assert decided(fitted) == by_the_score
+    assert decided("not_fitted") == (len(EPOCHS) - 1, False)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +185,8 @@ def test_auto_takes_patience_where_epochs_or_length_are_unknown() -> None:
     [
         (StopRule("expected-gain"), [0, None], 39, "not every checkpoint states its epoch"),
         (StopRule("expected-gain"), [0, 1], None, "pass -epochs"),
+        (StopRule(price=0.5), [0, 1], None, "pass -epochs N .*Or use -rule patience"),
+        (StopRule(price=0.5), [0, None], 39, "not every checkpoint states its epoch. Or use -rule patience"),
         (StopRule(), [3, 3], 39, "given twice"),
         (StopRule(), [], 39, "no checkpoint"),
     ],

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -45,7 +46,7 @@ from mtl_nnunet.cli.select_checkpoint import main as select
 from mtl_nnunet.encoder import TimmEncoder, _first_convolutions
 from mtl_nnunet.errors import UserError
 from mtl_nnunet.network import TimmUNet, strides_of
-from mtl_nnunet.plans import with_timm_unet
+from mtl_nnunet.plans import selection_of, with_timm_unet, write_plans
 from mtl_nnunet.recipe import optimizer_of, parameter_groups, recipe
 from mtl_nnunet.trainer import MTLTrainer, _sync_batch_norm_keeps_activations
 from mtl_nnunet.variants import VARIANTS
@@ -309,6 +310,21 @@ def test_selections_live_side_by_side_under_plans_of_two_names(folders: Path, ot
     assert torch.equal(b, read_contents(other / "encoder.safetensors").weights[key])
     assert not torch.equal(a, b)
     assert default.output_folder_base != named.output_folder_base
+
+
+def test_plans_find_a_selection_from_a_preprocessed_folder_behind_a_link(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = folders / "preprocessed" / NAME
+    elsewhere = shutil.copytree(own / "mtl_selection", folders / "selections" / "a")
+    link = tmp_path / "on" / "another" / "disk"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(folders / "preprocessed")
+    monkeypatch.setenv("nnUNet_preprocessed", str(link))
+    for selection in (None, str(elsewhere)):
+        path, _ = write_plans(NAME, "nnUNetPlans", "nnUNetPlansLinked", selection, overwrite=True)
+        plans = json.loads(path.read_text())
+        assert selection_of(plans).folder.resolve() == Path(selection or own / "mtl_selection").resolve()
 
 
 def test_without_a_selection_the_message_says_what_to_run(folders: Path) -> None:
@@ -634,6 +650,27 @@ def test_several_gpus_keep_every_activation(
     loaded = network.encoder.timm.model.state_dict()["layer1.0.conv1.weight"]
     assert torch.equal(loaded, selected_weights(folders)["layer1.0.conv1.weight"])
     assert torch.nn.SyncBatchNorm.convert_sync_batchnorm is not timm.layers.convert_sync_batchnorm, "put back"
+
+
+@pytest.mark.parametrize(("together", "live"), [(7, True), (3, False)])
+def test_gpus_whose_shares_of_the_batch_differ_agree_on_statistics(folders: Path, together: int, live: bool) -> None:
+    trainer = make(trainers.MTLTrainer, folders)
+    trainer.configuration_manager.configuration["batch_size"] = together
+    trainer.initialize()
+    shares, modes = [], []
+    for rank in range(2):
+        trainer.is_ddp = True
+        with (
+            mock.patch.object(dist, "get_world_size", return_value=2),
+            mock.patch.object(dist, "get_rank", return_value=rank),
+        ):
+            trainer._set_batch_size_and_oversample()
+        trainer.is_ddp = False
+        trainer.on_train_epoch_start()
+        shares.append(trainer.batch_size)
+        modes.append({m.training for m in trainer.network.encoder.modules() if isinstance(m, torch.nn.BatchNorm2d)})
+    assert shares == [together // 2 + 1, together // 2]
+    assert modes == [{live}, {live}]
 
 
 @pytest.mark.parametrize("volumetric", [False, True])

@@ -359,6 +359,27 @@ def test_an_alias_alone_is_one_checkpoint_each_time_it_moves(tmp_path: Path, run
     assert ending.file is not None
 
 
+def test_a_folder_that_is_written_again_and_again_keeps_its_best(tmp_path: Path, run: Path, look: Look) -> None:
+    left, others = (
+        tmp_path / "out" / COPIES_FOLDER / "last" / ".model.safetensors.17.tmp",
+        tmp_path / "out" / "mine" / ".a.1.tmp",
+    )
+    for file in (left, others):
+        file.parent.mkdir(parents=True)
+        file.touch()
+    (run / "last").mkdir()
+    for epoch, file in enumerate(FILES[:3], 1):
+        about = {"architecture": "test_resnet", "epoch": str(epoch)}
+        save_file(read_contents(file).weights, run / "last" / "model.safetensors", metadata=about)
+        monitor, ending, _ = look()
+    names = [f"epoch_{epoch}.safetensors" for epoch in (1, 2, 3)]
+    assert [s.name for s in monitor.history] == names
+    assert ending.best is not None
+    assert ending.file == tmp_path / "out" / COPIES_FOLDER / ending.best.name
+    assert copies(tmp_path) == {ending.best.name, names[-1]}
+    assert others.exists()
+
+
 def test_names_that_say_no_epoch_go_by_the_content_or_by_the_time_of_writing(
     run: Path, look: Look, slices: Slices, tmp_path: Path
 ) -> None:
@@ -497,6 +518,19 @@ def test_what_the_command_refuses(
         assert command(tmp_path, phantoms, run, *options) == status
     assert said in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_says_that_labels_of_validation_cases_were_seen(
+    make_dataset: Callable[..., Path], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset = make_dataset(1, num_cases=6)
+    (dataset / "patients.csv").write_text("case,patient\n")
+    shutil.copy(FILES[0], run)
+    words = ["-d", "1", "-run", str(run), "-o", str(tmp_path / "out"), "-num_slices", "24", "--once"]
+    assert main([*words, "-score", "knn", "-rule", "patience"]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert any("Labels of validation cases were seen" in line and "Pass -f 0" in line for line in told)
+    assert any("patients.csv" in line for line in told)
 
 
 def test_an_interrupted_command_says_that_nothing_is_lost(

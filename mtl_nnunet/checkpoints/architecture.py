@@ -37,7 +37,9 @@ UNUSUAL = re.compile(r"^tf_|^gc|_pruned$|aa|blur|_rsb?$|_clip|_hnf|_openai|_x$")
 
 
 def inferred_architecture(weights: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """timm networks whose tensors have exactly these names and shapes, classifier aside, the most usual one first.
+    """timm networks whose tensors have exactly these names and shapes, the most usual one first.
+
+    Classifier and number of image channels may be others.
 
     Networks may differ in what has no tensor (strides, padding, activations, constants of normalisation), so several can fit.
 
@@ -49,7 +51,7 @@ def inferred_architecture(weights: Mapping[str, Tensor]) -> tuple[str, ...]:
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     families = [patterns for mark, patterns in FAMILIES if any(re.match(mark, name) for name in shapes)]
     names = dict.fromkeys(name for patterns in families[:1] for p in patterns for name in timm.list_models(p))
-    fitting = [name for name in names if _fits(shapes, _shapes(name))]
+    fitting = [name for name in names if _fits(shapes, *_shapes(name))]
     return tuple(sorted(fitting, key=lambda name: (bool(UNUSUAL.search(name)), len(name), name)))
 
 
@@ -88,21 +90,29 @@ class _NumbersOnCPU(TorchFunctionMode):
 
 
 @lru_cache(maxsize=512)
-def _shapes(name: str) -> Mapping[str, tuple[int, ...]] | None:
-    """Names and shapes of a network without its classifier; no weight is allocated."""
+def _shapes(name: str) -> tuple[Mapping[str, tuple[int, ...]], tuple[str, ...]]:
+    """Names and shapes of a network without its classifier, and which of them take the image; no weight is allocated."""
     try:
         with torch.device("meta"), _NumbersOnCPU(), torch.random.fork_rng(devices=[]):
             model = timm.create_model(name, pretrained=False, num_classes=0)
     except (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError):
         # timm raises any of these for a network that needs what is not installed or values in place of shapes: no candidate
-        return None
-    return {k: tuple(v.shape) for k, v in model.state_dict().items()}
+        return {}, ()
+    first = model.pretrained_cfg.get("first_conv") or ()
+    take_images = tuple(f"{layer}.weight" for layer in ([first] if isinstance(first, str) else first))
+    return {k: tuple(v.shape) for k, v in model.state_dict().items()}, take_images
 
 
-def _fits(given: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]] | None) -> bool:
-    if wanted is None:
+def _fits(
+    given: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], take_images: tuple[str, ...]
+) -> bool:
+    if not wanted:
         return False
     # a feature pyramid has no use for the final norm, and self-supervised code leaves it out
     needed = {k: s for k, s in wanted.items() if not re.match(r"(?:head\.|norm\.)", k)}
     surplus = [k for k in given if k not in wanted and not re.match(r"(?:head|fc|classifier|norm)\.", k)]
-    return not surplus and all(given.get(k) == s for k, s in needed.items())
+
+    def of_any_channels(name: str, shape: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        return (shape[0], *shape[2:]) if shape and name in take_images else shape
+
+    return not surplus and all(of_any_channels(k, given.get(k)) == of_any_channels(k, s) for k, s in needed.items())

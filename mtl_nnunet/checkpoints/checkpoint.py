@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from mtl_nnunet.errors import UserError
 from mtl_nnunet.files import sha256
 
 # which of the weights in one file: those that its own code would evaluate, their moving average, those that were trained
@@ -88,10 +89,39 @@ class Checkpoint:
     published: Published | None = None
     planned_epochs: int | None = None
 
-    @cached_property
+    @property
     def sha256(self) -> str:
         """Hash of the file, computed when first asked for."""
-        return sha256(self.path)
+        return self._hashed[0]
+
+    @cached_property
+    def _hashed(self) -> tuple[str, tuple[int, int, int]]:
+        # looked at first, so that a change during the hashing shows too
+        state = _state(self.path)
+        return sha256(self.path), state
+
+    def refuse_changed(self) -> None:
+        """Stop where the file is no longer the one that was hashed; to be asked after its weights were read.
+
+        It is hashed again only where its size, time of change or inode is another.
+
+        Raises:
+            UserError: It is another file now, or gone.
+        """
+        hashed, state = self._hashed
+        try:
+            now = _state(self.path)
+            found = hashed if now == state else sha256(self.path)
+        except OSError as error:
+            raise UserError(
+                f"checkpoint {self.path} cannot be opened any more: {error.strerror}. Pass files that the run leaves alone, such as copies."
+            ) from error
+        if found != hashed:
+            raise UserError(
+                f"checkpoint {self.path} was written to in the meantime: SHA-256 {found[:12]}, and {hashed[:12]} before, so its score would be "
+                "of other weights. Try again once the run leaves it alone, or pass a copy."
+            )
+        self.__dict__["_hashed"] = hashed, now
 
     @property
     def run(self) -> Path:
@@ -113,6 +143,11 @@ class Checkpoint:
         if self.step is not None:
             return f"step {self.step}"
         return self.path.parent.name if self.path.name in NAMES_IN_FOLDERS else self.path.name
+
+
+def _state(path: Path) -> tuple[int, int, int]:
+    about = path.stat()
+    return about.st_size, about.st_mtime_ns, about.st_ino
 
 
 def run_folder(path: Path) -> Path:

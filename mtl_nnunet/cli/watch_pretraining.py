@@ -122,6 +122,7 @@ def watch_pretraining(args: argparse.Namespace) -> dict[str, Any]:
 
     from mtl_nnunet.errors import UserError
     from mtl_nnunet.monitoring import CURVE_FILE, HISTORY_FILE, Monitor, with_scores_of_the_chooser
+    from mtl_nnunet.report import warnings_of_cases
     from mtl_nnunet.select import cases_to_score
     from mtl_nnunet.slices import gather_slices
     from mtl_nnunet.stopping import StopRule
@@ -150,8 +151,8 @@ def watch_pretraining(args: argparse.Namespace) -> dict[str, Any]:
         with_labels=labelled,
         skip_bad_cases=args.skip_bad_cases,
     )
-    for name, reason in slices.skipped:
-        print(f"warning: Case {name} was skipped: {reason}", file=sys.stderr)
+    for warning in warnings_of_cases(dataset, slices, fold):
+        print(f"warning: {warning}", file=sys.stderr)
     about = {
         "run": os.path.abspath(args.run),
         "-weights": args.weights,
