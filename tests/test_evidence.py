@@ -27,6 +27,7 @@ import score
 import spanning_tree
 import targets
 import torch
+import trainings
 from PIL import Image
 
 from mtl_nnunet import chooser
@@ -566,3 +567,14 @@ def test_every_script_runs_when_it_is_called() -> None:
         for name, text in scripts.items()
         if "\ndef main(" in text and "\n    main()\n" not in text[-40:] and f"{name}.main()" not in text[-60:]
     ]
+
+
+@pytest.mark.parametrize("name", ["balanced.csv", "second_seed.csv"])
+@pytest.mark.parametrize("state", ["free", "frozen"])
+def test_the_page_says_what_the_tables_say(name: str, state: str) -> None:
+    folder = Path(courses.__file__).parent
+    page = (folder.parents[1] / "docs" / "evidence.md").read_text(encoding="utf-8")
+    rows = trainings.read_trainings(folder / name)
+    dice = trainings.by_training(rows[rows["state"] == state])
+    below = 100 * dice.rsub(dice.iloc[:, -1], axis=0)
+    assert " | ".join(trainings.told(below[epoch]) for epoch in below.columns[:-1]) in page
