@@ -372,7 +372,8 @@ def _refuse_mixed_architectures(checkpoints: Sequence[Checkpoint]) -> None:
         held = [f"{path} is {name}" for name, path in by_name.items()]
         raise UserError(
             f"checkpoints of different architectures cannot be ranked together: {listed(held)}. "
-            "Pass the checkpoints of one architecture."
+            "Pass the checkpoints of one architecture. To compare networks, select for each, and compare how much each is better than its own "
+            "random initialisation."
         )
 
 
