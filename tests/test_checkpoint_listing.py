@@ -225,6 +225,11 @@ def test_two_runs_in_one_folder(tmp_path: Path, weights: dict[str, torch.Tensor]
     torch.save({"state_dict": weights, "arch": "test_resnet"}, tmp_path / "epoch_8.pth")
     with pytest.raises(UserError, match="different architectures cannot be ranked together"):
         find_checkpoints(tmp_path)
+    # of two networks that share their epochs it is the networks that do not go together
+    (tmp_path / "other").mkdir()
+    (tmp_path / "epoch_7.pth").rename(tmp_path / "other" / "epoch_8.pth")
+    with pytest.raises(UserError, match="different architectures cannot be ranked together"):
+        find_checkpoints([tmp_path, tmp_path / "other"])
 
 
 def test_a_number_that_is_a_size_is_no_epoch_where_the_file_knows_better(

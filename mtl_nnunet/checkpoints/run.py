@@ -98,9 +98,11 @@ def find_checkpoints(paths: str | Path | Sequence[str | Path], weights: str = "d
     found, notes = _described([_by_name(file) for file in files], contents, weights)
     for note in notes:
         warnings.warn(note, LeftOutWarning, stacklevel=2)
+    everything = [*found, *{c.path.absolute(): c for c in published}.values()]
+    # before epochs: of different networks these may well be the same
+    _refuse_mixed_architectures(everything)
     _refuse_repeated_epochs(found)
-    found += list({c.path.absolute(): c for c in published}.values())
-    _refuse_mixed_architectures(found)
+    found = everything
     _say_mixed_names(found)
     _say_folders_of_one(found)
     return _in_order(found)
