@@ -472,7 +472,7 @@ def kill(run: subprocess.Popen[str], folder: Path, moment: str, rng: random.Rand
     if moment == "at random":
         time.sleep(rng.uniform(0, duration))
     else:
-        while not list(folder.glob(f".*.{run.pid}.tmp")):
+        while not list(folder.glob(f".{latest.name}.*.tmp")):
             assert run.poll() is None, run.stdout and run.stdout.read()
     os.killpg(run.pid, signal.SIGKILL)
     run.communicate()
