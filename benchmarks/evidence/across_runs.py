@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from courses import residual_variance
-from trainings import by_training, epochs_of, read_trainings, told
+from trainings import by_training, epochs_of, read_scores, read_trainings, told
 
 from mtl_nnunet.curves import RANDOM
 
@@ -42,7 +42,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     tables = [read_trainings(path) for path in args.downstream]
-    scores = pd.concat(pd.read_csv(path, dtype={"epoch": str}) for path in args.scores)
+    scores = read_scores(args.scores)
     for state in sorted(set.intersection(*(set(t["state"]) for t in tables))):
         first = None
         for path, table in zip(args.downstream, tables, strict=True):
@@ -79,8 +79,7 @@ def report_noise(rows: pd.DataFrame, dice: pd.DataFrame) -> None:
 
 def values_at_end(scores: pd.DataFrame, epoch: str, dice: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """By score that all candidates have, higher is better: a row a target, a column a run; as it is and less random weights'."""
-    oriented = scores["value"].where(scores["higher_is_better"] == 1, -scores["value"])
-    scores = scores.assign(value=oriented, run=scores["encoder"] + " " + scores["scheme"])
+    scores = scores.assign(run=scores["encoder"] + " " + scores["scheme"])
     end, random = (
         scores[scores["epoch"] == e].pivot_table(index=["score", "dataset"], columns="run", values="value")
         for e in (epoch, RANDOM)

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from scipy import stats
-from trainings import CURVE, by_training, epochs_of, read_trainings, told
+from trainings import CURVE, below_last, by_training, epochs_of, read_trainings, told
 
 from mtl_nnunet.curves import AVERAGE, SCRATCH
 
@@ -41,7 +41,7 @@ def main() -> None:
         dice = by_training(rows)
         curves, seeds = dice.groupby(level=CURVE).ngroups, dice.index.unique("seed")
         print(f"\n## encoder {state}: {curves} curves, {len(seeds)} seeds\n")
-        below = 100 * dice.rsub(dice.iloc[:, -1], axis=0)
+        below = below_last(dice)
         report_course(below)
         dice = 100 * dice[epochs_of(dice)]
         if len(seeds) > 1:
@@ -67,11 +67,15 @@ def report_course(below: pd.DataFrame) -> None:
 
 def report_variation(below: pd.DataFrame) -> None:
     columns = below.columns[:-1]
-    found = {epoch: below[epoch].unstack("seed") for epoch in columns}
+    tables = [below[epoch].unstack("seed") for epoch in columns]
+    found = [variation(table) for table in tables]
     print(f"\n| | {' | '.join(columns)} |\n{'|---' * (len(columns) + 1)}|")
-    own = (f"{variation(t)[0]:.1f} [{', '.join(f'{x:.1f}' for x in own_interval(t))}]" for t in found.values())
+    own = (
+        f"{deviation:.1f} [{', '.join(f'{x:.1f}' for x in own_interval(table))}]"
+        for (deviation, _), table in zip(found, tables, strict=True)
+    )
     print(f"| curves differ by (standard deviation) | {' | '.join(own)} |")
-    print(f"| noise of one training | {' | '.join(f'{variation(t)[1]:.1f}' for t in found.values())} |\n")
+    print(f"| noise of one training | {' | '.join(f'{noise:.1f}' for _, noise in found)} |\n")
 
 
 def variation(by_seed: pd.DataFrame) -> tuple[float, float]:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from trainings import by_training, epochs_of, read_trainings, told
+from trainings import below_last, by_training, epochs_of, read_scores, read_trainings, told
 
 from mtl_nnunet.evaluation import argbest
 
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("-scores", type=Path, nargs="+", default=[], help="of the runs of both tables")
     args = parser.parse_args()
     tables = [read_trainings(path) for path in (args.first, args.repeat)]
-    scores = pd.concat([pd.read_csv(path, dtype={"epoch": str}) for path in args.scores]) if args.scores else None
+    scores = read_scores(args.scores) if args.scores else None
     for state in sorted(set(tables[0]["state"]) & set(tables[1]["state"])):
         first, repeat = (by_training(t[t["state"] == state]) for t in tables)
         runs = [set(t.index.unique("run")) for t in (first, repeat)]
@@ -68,7 +68,7 @@ def main() -> None:
 
 def report_courses(first: pd.DataFrame, repeat: pd.DataFrame) -> None:
     """Dice points below the last epoch."""
-    below = [100 * t.rsub(t.iloc[:, -1], axis=0) for t in (first, repeat)]
+    below = [below_last(t) for t in (first, repeat)]
     for name, table in (("first", below[0]), ("repeat", below[1]), ("repeat less first", below[1] - below[0])):
         print(f"{name}: " + ", ".join(f"{epoch} {told(table[epoch])}" for epoch in table.columns[:-1]))
 
@@ -161,8 +161,7 @@ def report_scores(first: pd.DataFrame, repeat: pd.DataFrame, of_first: pd.DataFr
 
 def choices_of(scores: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     """Index of the epoch that each score takes, a row a score that all curves have, a column a curve."""
-    oriented = scores["value"].where(scores["higher_is_better"] == 1, -scores["value"])
-    values = scores.assign(value=oriented).pivot_table(index=["score", *CURVE], columns="epoch", values="value")
+    values = scores.pivot_table(index=["score", *CURVE], columns="epoch", values="value")
     values = values.reindex(columns=list(curves)).dropna()
     result = {}
     for name, table in values.groupby(level="score"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,12 @@ def read_trainings(path: Path) -> pd.DataFrame:
     return table
 
 
+def read_scores(paths: Sequence[Path]) -> pd.DataFrame:
+    """Tables of scores one after the other, values such that higher is better."""
+    scores = pd.concat([pd.read_csv(path, dtype={"epoch": str}) for path in paths])
+    return scores.assign(value=scores["value"].where(scores["higher_is_better"] == 1, -scores["value"]))
+
+
 def by_training(rows: pd.DataFrame, with_scratch: bool = True) -> pd.DataFrame:
     """Dice of one state, a row a curve and seed; random weights of that target, network and seed first, then epochs in their order.
 
@@ -48,6 +55,11 @@ def by_training(rows: pd.DataFrame, with_scratch: bool = True) -> pd.DataFrame:
         scratch = rows[rows["epoch"] == SCRATCH].set_index(["dataset", "encoder", "seed"])["dice"]
         table.insert(0, SCRATCH, [scratch.get((d, e, s), np.nan) for d, e, *_, s in table.index])
     return table
+
+
+def below_last(table: pd.DataFrame) -> pd.DataFrame:
+    """Dice points that each column lies below the last one."""
+    return 100 * table.rsub(table.iloc[:, -1], axis=0)
 
 
 def epochs_of(table: pd.DataFrame) -> list[str]:
