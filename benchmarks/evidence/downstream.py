@@ -93,7 +93,7 @@ def main() -> None:
     file, done = opened(args.o, COLUMNS, COLUMNS[:7])
     jobs = [j for j in jobs_of(args) if j.key not in done]
     print(f"{len(done)} trainings are in {args.o}, {len(jobs)} to go", flush=True)
-    version = made_with()
+    version = made_with(args.device)
     started = time.monotonic()
     results = Parallel(n_jobs=args.num_proc, batch_size=1, return_as="generator")(
         delayed(train_and_test)(job, files[job.dataset], args.iterations, args.lr, args.device, args.layer_decay)
@@ -167,10 +167,11 @@ def scheme_of(folder: Path) -> str:
     return "cooldown" if "-cooldown-" in folder.name else "cosine"
 
 
-def made_with() -> str:
-    """The commit of this code, and whether it was changed since."""
+def made_with(device: str = "cpu") -> str:
+    """The commit of this code, whether it was changed since, and the accelerator if it is one."""
     here = Path(__file__).parent
-    return subprocess.check_output(["git", "describe", "--always", "--dirty"], cwd=here, text=True).strip()
+    commit = subprocess.check_output(["git", "describe", "--always", "--dirty"], cwd=here, text=True).strip()
+    return f"{commit} on {torch.cuda.get_device_name(device)}" if device.startswith("cuda") else commit
 
 
 @cache
