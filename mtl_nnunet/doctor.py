@@ -19,6 +19,7 @@ from packaging.version import Version
 
 from mtl_nnunet import __version__
 from mtl_nnunet.errors import UserError, listed
+from mtl_nnunet.lookup import find_trainer
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 # whose requirements have to be met together
@@ -128,9 +129,7 @@ def of_trainers() -> Iterator[Finding]:
 
     try:
         with _silent():
-            from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
-
-            found = recursive_find_trainer_class_by_name(TRAINER)
+            found = find_trainer(TRAINER)
     except Exception as error:  # it imports every module on its way, and each may fail in its own way
         said = f"nnU-Net's own look-up of {TRAINER} fails: {_in_one_line(error)}"
         if "Could not find requested" in str(error):

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -147,7 +148,11 @@ def test_truncated_file_is_refused_by_name(tmp_path: Path, model: torch.nn.Modul
         find_checkpoints([tmp_path])
 
 
-@pytest.mark.parametrize("content", [b"hello", b"\x80\x04.", b"PK\x03\x04 not a zip", os.urandom(5000)])
+@pytest.mark.parametrize(
+    "content",
+    [b"hello", b"\x80\x04.", b"PK\x03\x04 not a zip", np.random.default_rng(0).bytes(5000)],
+    ids=["text", "pickle", "zip", "noise"],
+)
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path, content: bytes) -> None:
     for name in ("a.pth", "a.safetensors"):
         (tmp_path / name).write_bytes(content)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 from conftest import DEMO_RUN
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from mtl_nnunet.cli.main import main, trainers_folder
 from mtl_nnunet.doctor import OK, PROBLEM, Finding, of_datasets, of_folders, of_packages, of_trainers, of_variables
@@ -95,6 +98,26 @@ def test_trainers_of_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, of_
     # ours in front of theirs is found
     monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join([str(trainers_folder()), str(tmp_path)]))
     assert [f.state for f in of_trainers()] == [OK]
+
+
+def test_modules_that_import_others_when_nnunet_asks_for_their_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers 5.17 leaves them in sys.modules, and MONAI imports transformers."""
+    monkeypatch.setenv("nnUNet_extTrainer", str(trainers_folder()))
+    for i in range(3):
+        lazy = ModuleType(f"lazy_{i}")
+
+        def imports(name: str, i: int = i) -> Any:
+            monkeypatch.setitem(sys.modules, f"loaded_by_{i}", ModuleType(f"loaded_by_{i}"))
+            raise AttributeError(name)
+
+        lazy.__getattr__ = imports  # type: ignore[method-assign]
+        monkeypatch.setitem(sys.modules, lazy.__name__, lazy)
+    with pytest.raises(RuntimeError, match="changed size"):
+        recursive_find_trainer_class_by_name("MTLTrainer")
+    for i in range(3):
+        sys.modules.pop(f"loaded_by_{i}", None)
+    assert [finding.state for finding in of_trainers()] == [OK]
+    assert "lazy_0" in sys.modules
 
 
 def test_a_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mtl_nnunet.checkpoints.file import read_pickle
 from mtl_nnunet.errors import UserError, listed
 from mtl_nnunet.files import sha256
+from mtl_nnunet.lookup import find_trainer
 
 # not model.json, which a bundle that was trained in has
 RECORD_FILE = "nnunet_model.json"
@@ -153,10 +154,8 @@ def trainer_class(name: str) -> Any:
     Raises:
         UserError: nnU-Net does not find it.
     """
-    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
-
     try:
-        return recursive_find_trainer_class_by_name(name)
+        return find_trainer(name)
     except RuntimeError as error:
         raise UserError(
             f"the model was trained with {name}, which nnU-Net does not find. Set nnUNet_extTrainer to the folder that holds it, as "
