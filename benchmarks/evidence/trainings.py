@@ -23,7 +23,7 @@ def read_trainings(path: Path) -> pd.DataFrame:
     Raises:
         SystemExit: A training stands there twice.
     """
-    table = pd.read_csv(path, dtype={"epoch": str}).fillna({"scheme": "", "run": ""})
+    table = pd.read_csv(path, dtype={"epoch": str, "scheme": str, "run": str}).fillna({"scheme": "", "run": ""})
     twice = table.duplicated(KEY)
     if twice.any():
         said = ", ".join(f"{k} {v}" for k, v in table.loc[twice, KEY].iloc[0].items() if v != "")
@@ -33,7 +33,7 @@ def read_trainings(path: Path) -> pd.DataFrame:
 
 def read_scores(paths: Sequence[Path]) -> pd.DataFrame:
     """Tables of scores one after the other, values such that higher is better."""
-    scores = pd.concat([pd.read_csv(path, dtype={"epoch": str}) for path in paths])
+    scores = pd.concat([pd.read_csv(path, dtype={"epoch": str, "scheme": str, "run": str}) for path in paths])
     return scores.assign(value=scores["value"].where(scores["higher_is_better"] == 1, -scores["value"]))
 
 
