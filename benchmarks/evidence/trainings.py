@@ -15,6 +15,8 @@ CURVE = ["dataset", "encoder", "scheme", "run"]
 KEY = [*CURVE, "state", "epoch", "seed"]
 # fewer say nothing of how targets differ
 FEWEST_TARGETS = 3
+# an empty or numeric column of them is read as text all the same
+TEXT = {"epoch": str, "scheme": str, "run": str}
 
 
 def read_trainings(path: Path) -> pd.DataFrame:
@@ -23,7 +25,7 @@ def read_trainings(path: Path) -> pd.DataFrame:
     Raises:
         SystemExit: A training stands there twice.
     """
-    table = pd.read_csv(path, dtype={"epoch": str, "scheme": str, "run": str}).fillna({"scheme": "", "run": ""})
+    table = pd.read_csv(path, dtype=TEXT).fillna({"scheme": "", "run": ""})
     twice = table.duplicated(KEY)
     if twice.any():
         said = ", ".join(f"{k} {v}" for k, v in table.loc[twice, KEY].iloc[0].items() if v != "")
@@ -33,7 +35,7 @@ def read_trainings(path: Path) -> pd.DataFrame:
 
 def read_scores(paths: Sequence[Path]) -> pd.DataFrame:
     """Tables of scores one after the other, values such that higher is better."""
-    scores = pd.concat([pd.read_csv(path, dtype={"epoch": str, "scheme": str, "run": str}) for path in paths])
+    scores = pd.concat([pd.read_csv(path, dtype=TEXT) for path in paths])
     return scores.assign(value=scores["value"].where(scores["higher_is_better"] == 1, -scores["value"]))
 
 
