@@ -35,6 +35,8 @@ from mtl_nnunet.checkpoints import find_checkpoints
 from mtl_nnunet.curves import STATES
 
 LENGTHS = (40, 80)
+# other seeds than those that are judged by
+FIRST_SEED = 10_000
 COLUMNS = ("dataset", "encoder", "scheme", "run", "epoch", "score", "value", "draw", "seconds", "made_with")
 
 
@@ -48,8 +50,7 @@ def main() -> None:
     args = parser.parse_args()
     files = {name: prepared(name, args.raw, args.work) for name in args.d}
     file, done = opened(args.o, COLUMNS, ("dataset", "run", "epoch", "score", "draw"))
-    # other seeds than those that are judged by
-    seed = 10_000 + args.draw
+    seed = FIRST_SEED + args.draw
     runs = {folder: find_checkpoints([folder]) for folder in args.runs}
     jobs = [
         (length, Job(d, str(c.architecture), scheme_of(folder), folder.name, state, str(c.epoch), seed, "", (c.path,)))

@@ -1,0 +1,194 @@
+"""Successive halving on short trainings: does a race that gives the longest trainings to the best few choose a checkpoint?
+
+Trainings within the pool, as in ``rivals.py``, in rungs: all candidates are trained for a third of the iterations, the best three for all
+of them, the best two of these once more on another draw of the pool's halves. So no test patient is seen. Encoder frozen, these are
+decoder probes. Trainings that ``-o`` or ``-known`` has already are not run again; with ``-downstream`` the choice after every rung is
+judged by the Dice of the test patients, beside what the race took.
+
+    python benchmarks/evidence/halving.py -raw nnUNet_raw -runs runs/*-0 -work work -known rivals.csv -o halving.csv -epochs 1 2 4 8 16 -downstream balanced.csv -num_proc 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import time
+from collections.abc import Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from downstream import ITERATIONS, Job, add_common_options, made_with, opened, scheme_of
+from joblib import Parallel, delayed
+from rivals import COLUMNS, FIRST_SEED, name_of, short_training
+from targets import prepared
+from trainings import CURVE, by_training, read_trainings, told
+
+from mtl_nnunet.checkpoints import find_checkpoints
+from mtl_nnunet.curves import STATES
+from mtl_nnunet.evaluation import argbest
+
+
+class Rung(NamedTuple):
+    """Those who are left are trained this long on these draws, and by the mean of these the best stay."""
+
+    iterations: int
+    draws: tuple[int, ...]
+    stay: int
+
+
+RUNGS = (Rung(ITERATIONS // 3, (0,), 3), Rung(ITERATIONS, (0,), 2), Rung(ITERATIONS, (0, 1), 1))
+KEY = ("dataset", "run", "epoch", "score", "draw")
+
+
+class Race(NamedTuple):
+    """One run on one target in one state, as a ``Job`` begins, and the epochs that race, ascending."""
+
+    dataset: str
+    encoder: str
+    scheme: str
+    run: str
+    state: str
+    epochs: tuple[str, ...]
+
+
+class Training(NamedTuple):
+    """Dice on the other half of the pool."""
+
+    dice: float
+    seconds: float
+
+
+# by dataset, run, epoch, name and draw
+Known = Mapping[tuple[str, ...], Training]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common_options(parser)
+    parser.add_argument("-state", nargs="+", choices=STATES, default=list(STATES))
+    parser.add_argument("-epochs", nargs="+", required=True, help="that race, of each run")
+    parser.add_argument("-known", type=Path, nargs="+", default=[], help="tables of rivals.py")
+    parser.add_argument("-downstream", type=Path, help="table of balanced.py to judge by")
+    args = parser.parse_args()
+    files = {name: prepared(name, args.raw, args.work) for name in args.d}
+    found = {f.name: {str(c.epoch): c for c in find_checkpoints([f])} for f in args.runs}
+    epochs = tuple(sorted(args.epochs, key=int))
+    races = [
+        Race(d, str(found[f.name][epochs[0]].architecture), scheme_of(f), f.name, state, epochs)
+        for state, d, f in product(args.state, args.d, args.runs)
+    ]
+    file, _ = opened(args.o, COLUMNS, KEY)
+    known = trainings_of([*args.known, args.o])
+    version = made_with()
+    with file:
+        writer = csv.writer(file, lineterminator="\n")
+        for number, rung in enumerate(RUNGS):
+            jobs = [(race, *job) for race in races for job in missing(race, known, number)]
+            print(f"rung {number + 1}: {len(jobs)} trainings to go", flush=True)
+            started = time.monotonic()
+            results = Parallel(n_jobs=args.num_proc, batch_size=1, return_as="generator")(
+                delayed(short_training)(
+                    Job(*race[:5], epoch, FIRST_SEED + draw, "", (found[race.run][epoch].path,)),
+                    files[race.dataset],
+                    rung.iterations,
+                    draw,
+                    args.device,
+                )
+                for race, epoch, draw in jobs
+            )
+            for i, ((race, epoch, draw), result) in enumerate(zip(jobs, results, strict=True), start=1):
+                training = Training(*result)
+                row = (*race[:4], epoch, name_of(rung.iterations, race.state))
+                writer.writerow([*row, f"{training.dice:.5f}", draw, f"{training.seconds:.2f}", version])
+                file.flush()
+                known[key_of(race, epoch, rung.iterations, draw)] = training
+                if i % 20 == 0:
+                    print(f"{i} of {len(jobs)}, {time.monotonic() - started:.0f} s", flush=True)
+    if args.downstream:
+        report(races, known, read_trainings(args.downstream))
+
+
+def trainings_of(tables: Sequence[Path]) -> dict[tuple[str, ...], Training]:
+    known = {}
+    for path in tables:
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                known[tuple(row[c] for c in KEY)] = Training(float(row["value"]), float(row["seconds"]))
+    return known
+
+
+def key_of(race: Race, epoch: str, iterations: int, draw: int) -> tuple[str, ...]:
+    return race.dataset, race.run, epoch, name_of(iterations, race.state), str(draw)
+
+
+def left_after(race: Race, known: Known, number: int) -> tuple[str, ...]:
+    """Epochs, ascending, that stay after so many rungs; of equals the later stays.
+
+    Raises:
+        KeyError: A training that has not been run.
+    """
+    left = race.epochs
+    for rung in RUNGS[:number]:
+        dice = [np.mean([known[key_of(race, e, rung.iterations, d)].dice for d in rung.draws]) for e in left]
+        # stable, and ascending epochs: of equals the later stand last
+        best = sorted(np.argsort(dice, kind="stable")[-rung.stay :])
+        left = tuple(left[i] for i in best)
+    return left
+
+
+def missing(race: Race, known: Known, number: int) -> list[tuple[str, int]]:
+    """Epochs and draws of a rung that have not been trained, all earlier rungs having been."""
+    rung = RUNGS[number]
+    return [
+        (epoch, draw)
+        for epoch, draw in product(left_after(race, known, number), rung.draws)
+        if key_of(race, epoch, rung.iterations, draw) not in known
+    ]
+
+
+def seconds_of(race: Race, known: Known, number: int) -> float:
+    """What the race took until so many rungs were over."""
+    run = {
+        key_of(race, epoch, rung.iterations, draw)
+        for i, rung in enumerate(RUNGS[:number])
+        for epoch, draw in product(left_after(race, known, i), rung.draws)
+    }
+    return sum(known[key].seconds for key in run)
+
+
+def report(races: Sequence[Race], known: Known, trainings: pd.DataFrame) -> None:
+    """Gain on the last epoch of what leads after each rung, in Dice points, and seconds."""
+    for state in dict.fromkeys(r.state for r in races):
+        own = [r for r in races if r.state == state]
+        table = by_training(trainings[trainings["state"] == state], with_scratch=False).groupby(level=CURVE).mean()
+        curves = pd.MultiIndex.from_tuples([race[:4] for race in own], names=CURVE)
+        dice = table.loc[curves, list(own[0].epochs)]
+        print(f"\n## encoder {state}: {len(own)} curves\n")
+        for number, rung in enumerate(RUNGS, start=1):
+            chosen = [leader(race, known, number) for race in own]
+            gain = pd.Series(
+                [100 * (row[e] - row.iloc[-1]) for (_, row), e in zip(dice.iterrows(), chosen, strict=True)],
+                index=curves,
+            )
+            share = np.mean([int(e) / int(r.epochs[-1]) for e, r in zip(chosen, own, strict=True)])
+            seconds = np.mean([seconds_of(race, known, number) for race in own])
+            print(
+                f"after rung {number} ({rung.iterations} iterations, {len(rung.draws)} draws): {told(gain)} on the last epoch, share "
+                f"{share:.2f}, {seconds:.0f} s a race"
+            )
+
+
+def leader(race: Race, known: Known, number: int) -> str:
+    """The best of those who ran a rung, by that rung."""
+    rung, left = RUNGS[number - 1], left_after(race, known, number - 1)
+    return left[argbest([np.mean([known[key_of(race, e, rung.iterations, d)].dice for d in rung.draws]) for e in left])]
+
+
+if __name__ == "__main__":
+    # workers import functions, and what these keep, by the name of their module
+    import halving
+
+    halving.main()
