@@ -15,7 +15,7 @@ from scipy import stats
 from mtl_nnunet.errors import UserError, listed
 from mtl_nnunet.files import to_json, write_text
 
-FORMAT = "mtl-nnunet chooser 1"
+FORMAT = "mtl-nnunet chooser 2"
 # fitted on the published tables and on benchmarks/evidence/balanced.csv
 SHIPPED = Path(__file__).with_name("chooser.json")
 NUM_DRAWS = 4000
@@ -45,7 +45,8 @@ class Model:
 
     Attributes:
         scores: Their names.
-        kernel: Amplitude, length in log time, length in time and deviation of a single checkpoint of u_c.
+        kernel: Amplitude at the end, length in log time, length in time and deviation of a single checkpoint at the end of
+            u_c, and how fast both deviations fall: they are larger by exp(fall (1 - sqrt(share))) where a share of the pretraining is done.
         precision: Posterior precision of (w, w', beta), shape (6 + J, 6 + J).
         moment: Precision times posterior mean, shape (6 + J,).
         score_trends: How each standardised score runs with the epoch, shape (3, J).
@@ -272,11 +273,13 @@ def trends(time: np.ndarray) -> np.ndarray:
 
 def covariance(kernel: np.ndarray, time: np.ndarray) -> np.ndarray:
     """Of the deviation of one curve from what is expected, over its checkpoints, shape (K, K)."""
-    amplitude, log_length, length, single = kernel
+    amplitude, log_length, length, single, fall = kernel
     share = np.exp(time)
     distance = ((time[:, None] - time) / log_length) ** 2 + ((share[:, None] - share) / length) ** 2
-    smooth: np.ndarray = amplitude**2 * np.exp(-distance / 2) + single**2 * np.eye(len(time))
-    return smooth
+    smooth = amplitude**2 * np.exp(-distance / 2) + single**2 * np.eye(len(time))
+    size = np.exp(fall * (1 - np.sqrt(share)))
+    scaled: np.ndarray = size[:, None] * smooth * size
+    return scaled
 
 
 def standardised(values: np.ndarray) -> np.ndarray | None:
@@ -438,7 +441,7 @@ def _model(record: Mapping[str, Any]) -> Model:
     names = tuple(str(name) for name in record["scores"])
     j, p = len(names), 2 * NUM_TRENDS + len(names)
     shapes = {
-        "kernel": (4,),
+        "kernel": (5,),
         "precision": (p, p),
         "moment": (p,),
         "score_trends": (NUM_TRENDS, j),
@@ -453,7 +456,7 @@ def _model(record: Mapping[str, Any]) -> Model:
     factor = float(record["loss_factor"])
     if not all(np.isfinite(a).all() for a in arrays.values()) or not (np.isfinite(factor) and factor > 0):
         raise ValueError("a number is not finite, or loss_factor is not above 0")
-    if (arrays["kernel"] <= 0).any() or (arrays["steepness"][1:] <= 0).any():
+    if (arrays["kernel"][:4] <= 0).any() or (arrays["steepness"][1:] <= 0).any():
         raise ValueError("a length or deviation is not above 0")
     for name in ("precision", "steepness_precision"):
         np.linalg.cholesky(arrays[name])

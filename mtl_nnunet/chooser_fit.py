@@ -30,9 +30,9 @@ from mtl_nnunet.errors import UserError
 from mtl_nnunet.evaluation import fixed_line, same_budget
 
 FEWEST_CURVES = 6
-# weakly informative, log-normal: amplitude, two lengths, single deviation, size of a score's coefficient
-START = np.log([0.7, 1.5, 0.4, 0.2, 0.3])
-WIDTH = np.array([1.0, 0.7, 0.7, 1.0, 1.0])
+# weakly informative, log-normal: amplitude, two lengths, single deviation, size of a score's coefficient; and normal: the fall
+START = np.r_[np.log([0.4, 1.5, 0.4, 0.1, 0.3]), 1.0]
+WIDTH = np.array([1.0, 0.7, 0.7, 1.0, 1.0, 2.0])
 TREND_DEVIATION = 10.0
 # the level of a curve is free: it says nothing about which checkpoint is best
 FREE_LEVEL = 100.0
@@ -105,11 +105,12 @@ def fit_model(curves: Sequence[Curve], scores: Sequence[str] = ()) -> Model:
         curves: Of one state.
         scores: That enter.
     """
-    noise = seed_variances(curves)
+    noise = seed_covariances(curves)
     own = [c.mean_dice - c.mean_dice.mean() for c in curves]
     # what varies beyond the seeds; a flat curve is not blown up to noise
     steep = np.sqrt([
-        max((y**2).sum() / (len(y) - 1) - v.mean(), 0.1 * v.mean() + 1e-8) for y, v in zip(own, noise, strict=True)
+        max((y**2).sum() / (len(y) - 1) - v, 0.1 * v + 1e-8)
+        for y, v in ((y, noise_variance(n)) for y, n in zip(own, noise, strict=True))
     ])  # fmt: skip
     logs = np.log(steep)
     mean, spread = float(logs.mean()), float(max(logs.std(ddof=1), 0.05))
@@ -121,15 +122,15 @@ def fit_model(curves: Sequence[Curve], scores: Sequence[str] = ()) -> Model:
         for t, s, b in zip(times, logs, beyond, strict=True)
     ]
     shapes = [y / s for y, s in zip(own, steep, strict=True)]
-    variances = [v / s**2 for v, s in zip(noise, steep, strict=True)]
+    errors = [n / s**2 for n, s in zip(noise, steep, strict=True)]
 
     def posterior(parameters: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-        kernel, size = np.exp(parameters[:4]), np.exp(parameters[4])
+        kernel, size = kernel_of(parameters), np.exp(parameters[4])
         precision = np.diag(np.r_[np.full(2 * NUM_TRENDS, TREND_DEVIATION**-2), np.full(len(scores), size**-2.0)])
         fitness = np.log(np.diag(precision)).sum() / 2 - (((parameters - START) / WIDTH) ** 2).sum() / 2
         moment = np.zeros(len(precision))
-        for time, x, y, v in zip(times, designs, shapes, variances, strict=True):
-            root = np.linalg.cholesky(covariance(kernel, time) + np.diag(v) + FREE_LEVEL)
+        for time, x, y, error in zip(times, designs, shapes, errors, strict=True):
+            root = np.linalg.cholesky(covariance(kernel, time) + error + FREE_LEVEL)
             white = linalg.solve_triangular(root, np.c_[x, y], lower=True, check_finite=False)
             precision = precision + white[:, :-1].T @ white[:, :-1]
             moment = moment + white[:, :-1].T @ white[:, -1]
@@ -150,7 +151,7 @@ def fit_model(curves: Sequence[Curve], scores: Sequence[str] = ()) -> Model:
     surprise = np.array([[log_rms(b[:, j]) for j in range(len(scores))] for b in beyond]).reshape(raw.shape)
     return Model(
         scores=tuple(scores),
-        kernel=np.exp(best[:4]),
+        kernel=kernel_of(best),
         precision=precision,
         moment=moment,
         score_trends=score_trends,
@@ -163,16 +164,64 @@ def fit_model(curves: Sequence[Curve], scores: Sequence[str] = ()) -> Model:
     )
 
 
-def seed_variances(curves: Sequence[Curve]) -> list[np.ndarray]:
-    """Variance of each mean Dice due to the training seed, shape (K,) a curve; one seed borrows from the other curves.
+def kernel_of(parameters: np.ndarray) -> np.ndarray:
+    """Of the deviations, as in ``Model.kernel``, from the parameters that are fitted."""
+    return np.r_[np.exp(parameters[:4]), parameters[5]]
+
+
+def seed_covariances(curves: Sequence[Curve]) -> list[np.ndarray]:
+    """Covariance of the mean Dice of the checkpoints due to the training seed, shape (K, K) a curve.
 
     What a seed does to all checkpoints alike (an easy draw of training cases) decides nothing, so it is taken out: the variance is
-    that of the residuals of Dice = checkpoint + seed.
+    that of the residuals of Dice = checkpoint + seed; one seed borrows from the other curves. Of it a part runs along log time,
+    since a draw that suits early checkpoints suits all early ones; how much is told from all curves together.
     """
     pooled = [_residual_variance(c.dice) for c in curves]
     known = [v for v in pooled if np.isfinite(v)]
     usual = float(np.median(known)) if known else 1e-5
-    return [(v if np.isfinite(v) else usual) / np.isfinite(c.dice).sum(1) for v, c in zip(pooled, curves, strict=True)]
+    ratio = _along_time(curves, pooled)
+    covariances = []
+    for c, variance in zip(curves, pooled, strict=True):
+        size = np.sqrt(1 / np.isfinite(c.dice).sum(1))
+        line, free = _line(c), max(len(size) - 1, 1)
+        rest = (variance if np.isfinite(variance) else usual) * free / (free - 1 + ratio)
+        shape = np.eye(len(size)) + (ratio - 1) * np.outer(line, line)
+        covariances.append(rest * size[:, None] * shape * size)
+    return covariances
+
+
+def noise_variance(covariance: np.ndarray) -> float:
+    """What noise adds to the variance of a curve over its checkpoints.
+
+    Examples:
+        >>> noise_variance(np.eye(3)), noise_variance(np.ones((3, 3)))
+        (1.0, 0.0)
+    """
+    n = len(covariance)
+    return float((np.trace(covariance) - covariance.sum() / n) / (n - 1))
+
+
+def _along_time(curves: Sequence[Curve], variances: Sequence[float]) -> float:
+    """Variance of seeds along log time, divided by that in any other direction; 1 where no curve can tell."""
+    along, rest, freedom = 0.0, 0.0, np.zeros(2)
+    for c, variance in zip(curves, variances, strict=True):
+        epochs, seeds = c.dice.shape
+        if epochs < 3 or seeds < 2 or not np.isfinite(c.dice).all() or variance <= 0:
+            continue
+        residuals = c.dice - c.dice.mean(0) - c.dice.mean(1, keepdims=True) + c.dice.mean()
+        own = float(((_line(c) @ residuals) ** 2).sum())
+        along += own / variance
+        rest += (float((residuals**2).sum()) - own) / variance
+        freedom += (seeds - 1) * np.array([1, epochs - 2])
+    return (along / freedom[0]) / (rest / freedom[1]) if rest > 0 else 1.0
+
+
+def _line(curve: Curve) -> np.ndarray:
+    """Log time, centred and of length one, shape (K,); of a single checkpoint zero."""
+    time = log_time(curve.epochs.astype(float), float(curve.epochs[-1]))
+    centred = time - time.mean()
+    line: np.ndarray = centred / max(float(np.linalg.norm(centred)), 1e-12)
+    return line
 
 
 def _residual_variance(dice: np.ndarray) -> float:
@@ -196,7 +245,7 @@ def hold_out(curves: Sequence[Curve], scores: Sequence[str], by: str) -> list[He
     for group in sorted({getattr(c, by) for c in curves}):
         out = [c for c in curves if getattr(c, by) == group]
         model = fit_model([c for c in curves if getattr(c, by) != group], scores)
-        for c, variance in zip(out, seed_variances(out), strict=True):
+        for c, noise in zip(out, seed_covariances(out), strict=True):
             usable = {
                 name: values
                 for name in scores
@@ -204,9 +253,21 @@ def hold_out(curves: Sequence[Curve], scores: Sequence[str], by: str) -> list[He
             }
             draws = draw_curves(restricted(model, tuple(usable)), c.epochs.astype(float), usable)
             expected = (draws.max(1, keepdims=True) - draws).mean(0)
-            noisy = draws + np.sqrt(variance) * np.random.default_rng(1).standard_normal(draws.shape)
-            held.append(HeldOut(c, f"{by} {group}", expected, noisy.max(1, keepdims=True) - noisy))
+            held.append(HeldOut(c, f"{by} {group}", expected, measured_losses(draws, noise)))
     return held
+
+
+def measured_losses(draws: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    """Losses of drawn curves as they would be measured: with noise, and against the best of what is measured, shape (D, K).
+
+    Args:
+        draws: Curves of Dice, shape (D, K).
+        noise: Covariance of the measured Dice, shape (K, K).
+    """
+    root = np.linalg.cholesky(noise + 1e-12 * np.eye(len(noise)))
+    measured = draws + np.random.default_rng(1).standard_normal(draws.shape) @ root.T
+    losses: np.ndarray = measured.max(1, keepdims=True) - measured
+    return losses
 
 
 def stretch(held: Sequence[HeldOut]) -> float:

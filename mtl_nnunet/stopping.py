@@ -239,9 +239,9 @@ def expected_gain(
         UserError: An epoch beyond the last one or below 0, scores of another number of checkpoints, or a state that was not fitted.
 
     Examples:
-        >>> early, late = (expected_gain(read_chooser(), [1, 20, now], 300, price=1.0) for now in (40, 200))
+        >>> early, late = (expected_gain(read_chooser(), [1, 20, now], 300, price=1.0) for now in (40, 150))
         >>> f"{early.value:.4f} by {early.until:g}, {late.value:.4f} by {late.until:g}"
-        '0.0093 by 213, 0.0001 by 233'
+        '0.0075 by 213, 0.0008 by 200'
     """
     at, given, order = by_epoch(epochs, scores)
     if at[-1] > last_epoch:

@@ -24,7 +24,7 @@ from mtl_nnunet.chooser import (
     trends,
     write_chooser,
 )
-from mtl_nnunet.chooser_fit import fit_model, fit_state, hold_out, seed_variances, stretch, verdict
+from mtl_nnunet.chooser_fit import fit_model, fit_state, hold_out, noise_variance, seed_covariances, stretch, verdict
 from mtl_nnunet.cli.main import main
 from mtl_nnunet.curves import Curve, read_curves
 from mtl_nnunet.errors import UserError
@@ -38,13 +38,16 @@ PUBLISHED = REAL_DATA.parent / "published"
 SCORE = "robustness:level=-2,pooled=yes,distance=cosine,margin=0.5"
 
 
-def simulated(number: int, seed: int, informative: bool = True) -> tuple[list[Curve], list[np.ndarray]]:
+def simulated(
+    number: int, seed: int, informative: bool = True, fall: float = 0.0
+) -> tuple[list[Curve], list[np.ndarray]]:
     """Curves of unequal steepness, with the truth without seed noise; the score sees the deviation from the trend, or nothing."""
+    own = covariance(np.array([0.8, 1.5, 0.5, 0.2, fall]), TIME)
     rng = np.random.default_rng(seed)
     curves, truths = [], []
     for i in range(number):
         steepness = np.exp(rng.normal(-4.2, 0.5))
-        deviation = rng.multivariate_normal(np.zeros(9), covariance(np.array([0.8, 1.5, 0.5, 0.2]), TIME))
+        deviation = rng.multivariate_normal(np.zeros(9), own)
         shape = trends(TIME) @ [0.6, 1.5, -0.5] + deviation
         truth = 0.8 + steepness * (shape - shape.mean())
         dice = truth[:, None] + SEED_DEVIATION * rng.normal(size=(9, NUM_SEEDS))
@@ -97,7 +100,7 @@ def test_draws_have_the_mean_and_covariance_of_a_gaussian_process_of_scikit_lear
     from sklearn.gaussian_process import GaussianProcessRegressor
     from sklearn.gaussian_process.kernels import Kernel
 
-    size, kernel = 0.3, np.array([0.7, 1.2, 0.5, 0.2])
+    size, kernel = 0.3, np.array([0.7, 1.2, 0.5, 0.2, 0.8])
     rng = np.random.default_rng(3)
     x = rng.normal(size=(4, 5, 7))
     y = rng.normal(size=(4, 5))
@@ -406,24 +409,71 @@ def test_published_tables() -> None:
     assert told.free_regret <= 1.2 * told.last
 
 
-def test_what_a_seed_does_to_all_checkpoints_alike_is_no_noise() -> None:
-    rng = np.random.default_rng(0)
-    curves, _ = simulated(12, 0)
-    noisy = [
-        replace(c, dice=c.mean_dice[:, None] + shift + rng.normal(0, 0.01, (9, 40)), seeds=tuple(map(str, range(40))))
+def test_deviations_are_those_of_scikit_learn_and_fall_towards_the_end() -> None:
+    from sklearn.gaussian_process.kernels import RBF
+
+    share = np.exp(TIME)
+    smooth = RBF([1.5, 0.5])(np.stack([TIME, share], axis=1))
+    assert covariance(np.array([0.8, 1.5, 0.5, 0.2, 0.0]), TIME) == pytest.approx(0.64 * smooth + 0.04 * np.eye(9))
+    steady, falling = (
+        np.sqrt(np.diag(covariance(np.array([0.8, 1.5, 0.5, 0.2, fall]), np.log([0.25, 1.0])))) for fall in (0.0, 1.2)
+    )
+    assert falling / steady == pytest.approx([np.exp(0.6), 1.0])
+
+
+def test_a_fall_of_deviations_is_found_where_there_is_one() -> None:
+    assert fit_model(simulated(48, 0, fall=2.0)[0]).kernel[-1] == pytest.approx(2, abs=0.5)
+    assert fit_model(simulated(48, 0)[0]).kernel[-1] == pytest.approx(0, abs=0.5)
+
+
+def with_noise(curves: list[Curve], along: float, num_seeds: int, seed: int) -> list[Curve]:
+    """Seeds that shift whole curves, tilt them along log time, and differ by 0.01 at every checkpoint."""
+    rng = np.random.default_rng(seed)
+    line = (TIME - TIME.mean()) / np.linalg.norm(TIME - TIME.mean())
+    seeds = tuple(map(str, range(num_seeds)))
+    return [
+        replace(
+            c,
+            dice=c.mean_dice[:, None]
+            + rng.normal(0, 0.2, num_seeds)
+            + line[:, None] * rng.normal(0, along, num_seeds)
+            + rng.normal(0, 0.01, (9, num_seeds)),
+            seeds=seeds,
+        )
         for c in curves
-        for shift in (rng.normal(0, 0.2, 40),)
     ]
-    found = np.array(seed_variances(noisy))
-    assert found * 40 == pytest.approx(np.full((12, 9), 0.01**2), rel=0.2)
+
+
+def test_what_a_seed_does_to_all_checkpoints_alike_is_no_noise() -> None:
+    noisy = with_noise(simulated(12, 0)[0], 0.0, 40, 0)
+    found = np.array(seed_covariances(noisy)) * 40
+    assert found == pytest.approx(np.broadcast_to(0.01**2 * np.eye(9), (12, 9, 9)), abs=0.2 * 0.01**2)
     # the same by hand: a table with equal numbers in each cell has (K - 1)(S - 1) degrees of freedom
     dice = noisy[0].dice
     residuals = dice - dice.mean(0) - dice.mean(1, keepdims=True) + dice.mean()
-    assert found[0] * 40 == pytest.approx((residuals**2).sum() / (8 * 39))
-    gaps = np.where(rng.random(dice.shape) < 0.3, np.nan, dice)
-    assert seed_variances([replace(noisy[0], dice=gaps)])[0] * np.isfinite(gaps).sum(1) == pytest.approx(
-        0.01**2, rel=0.2
+    assert noise_variance(found[0]) == pytest.approx((residuals**2).sum() / (8 * 39))
+    gaps = np.where(np.random.default_rng(1).random(dice.shape) < 0.3, np.nan, dice)
+    told = np.diag(seed_covariances([replace(noisy[0], dice=gaps)])[0]) * np.isfinite(gaps).sum(1)
+    assert told == pytest.approx(0.01**2, rel=0.2)
+
+
+def test_a_seed_that_suits_early_checkpoints_suits_all_early_ones() -> None:
+    noisy = with_noise(simulated(60, 0)[0], 0.03, 5, 0)
+    found = 5 * np.mean(seed_covariances(noisy), axis=0)
+    line = (TIME - TIME.mean()) / np.linalg.norm(TIME - TIME.mean())
+    expected = 0.01**2 * np.eye(9) + 0.03**2 * np.outer(line, line)
+    scale = np.sqrt(np.diag(expected))
+    assert np.abs((found - expected) / np.outer(scale, scale)).max() < 0.15
+    # what a curve of one seed borrows; two checkpoints, and one
+    alone = replace(noisy[0], dice=noisy[0].dice[:, :1], seeds=("0",))
+    assert noise_variance(seed_covariances([*noisy, alone])[-1]) == pytest.approx(
+        5 * noise_variance(found / 5), rel=0.3
     )
+    for left in (2, 1):
+        short = replace(noisy[0], epochs=EPOCHS[:left], dice=noisy[0].dice[:left], accuracy=np.full(left, np.nan), scores={})  # fmt: skip
+        (covariance_of_few,) = seed_covariances([short])
+        assert covariance_of_few.shape == (left, left)
+        assert np.isfinite(covariance_of_few).all()
 
 
 @pytest.mark.parametrize("state", ["free", "frozen"])

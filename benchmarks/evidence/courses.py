@@ -141,18 +141,27 @@ def looks(dice: np.ndarray) -> tuple[bool, bool, bool, float]:
 def residual_variance(dice: np.ndarray) -> float:
     """Of Dice = checkpoint + seed + rest, the variance of the rest, shape (S, K)."""
     seeds, epochs = dice.shape
-    rest = dice - dice.mean(0) - dice.mean(1, keepdims=True) + dice.mean()
-    return float((rest**2).sum() / ((seeds - 1) * (epochs - 1)))
+    return float((residuals(dice) ** 2).sum() / ((seeds - 1) * (epochs - 1)))
+
+
+def residuals(dice: np.ndarray) -> np.ndarray:
+    """Dice less checkpoint and seed, shape (S, K)."""
+    rest: np.ndarray = dice - dice.mean(0) - dice.mean(1, keepdims=True) + dice.mean()
+    return rest
 
 
 def by_luck(curves: list[np.ndarray], targets: list[str]) -> np.ndarray:
-    """Means of ``looks`` over simulated curves that have the mean course of their target and their own noise, shape (DRAWS, 4)."""
+    """Means of ``looks`` over simulated curves that have the mean course of their target and their own noise, shape (DRAWS, 4).
+
+    Noise is drawn with the covariance over the epochs that the curve's seeds have: a draw of training cases that suits one
+    epoch suits its neighbours, so that these are closer, and the ends further apart, than independent noise would put them.
+    """
     rng = np.random.default_rng(0)
     courses = {
         t: np.mean([c.mean(0) for c, name in zip(curves, targets, strict=True) if name == t], axis=0) for t in targets
     }
     simulated = [
-        courses[t] + residual_variance(c) ** 0.5 * rng.standard_normal((DRAWS, *c.shape))
+        courses[t] + rng.standard_normal((DRAWS, len(c), len(c))) @ residuals(c) / (len(c) - 1) ** 0.5
         for c, t in zip(curves, targets, strict=True)
     ]
     return np.array([np.mean([looks(c[draw]) for c in simulated], axis=0) for draw in range(DRAWS)])

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from mtl_nnunet.chooser import Chooser, draw_curves, read_chooser, shortest_interval
-from mtl_nnunet.chooser_fit import TYPICAL_PRICES, HeldOut, seed_variances
+from mtl_nnunet.chooser_fit import TYPICAL_PRICES, HeldOut, measured_losses, seed_covariances
 from mtl_nnunet.curves import Curve, read_curves
 from mtl_nnunet.evaluation import fixed_line, same_budget
 from mtl_nnunet.files import sha256
@@ -46,11 +46,10 @@ def said_of(curves: list[Curve], chooser: Chooser) -> list[HeldOut]:
     if all(np.isfinite(c.dice).sum(1).max() < 2 for c in curves):
         raise SystemExit("every checkpoint was trained with one seed, so the noise of what was measured is not known.")
     held = []
-    for c, variance in zip(curves, seed_variances(curves), strict=True):
+    for c, noise in zip(curves, seed_covariances(curves), strict=True):
         draws = draw_curves(chooser.states[c.state].prior, c.epochs.astype(float), {})
-        noisy = draws + np.sqrt(variance) * np.random.default_rng(1).standard_normal(draws.shape)
         expected = (draws.max(1, keepdims=True) - draws).mean(0)
-        held.append(HeldOut(c, c.run, expected, noisy.max(1, keepdims=True) - noisy))
+        held.append(HeldOut(c, c.run, expected, measured_losses(draws, noise)))
     return held
 
 
