@@ -166,7 +166,8 @@ def fit_model(curves: Sequence[Curve], scores: Sequence[str] = ()) -> Model:
 
 def kernel_of(parameters: np.ndarray) -> np.ndarray:
     """Of the deviations, as in ``Model.kernel``, from the parameters that are fitted."""
-    return np.r_[np.exp(parameters[:4]), parameters[5]]
+    kernel: np.ndarray = np.r_[np.exp(parameters[:4]), parameters[5]]
+    return kernel
 
 
 def seed_covariances(curves: Sequence[Curve]) -> list[np.ndarray]:
