@@ -214,7 +214,8 @@ def _along_time(curves: Sequence[Curve], variances: Sequence[float]) -> float:
         along += own / variance
         rest += (float((residuals**2).sum()) - own) / variance
         freedom += (seeds - 1) * np.array([1, epochs - 2])
-    return (along / freedom[0]) / (rest / freedom[1]) if rest > 0 else 1.0
+    # two checkpoints differ along log time alone, so it may not be nothing
+    return max((along / freedom[0]) / (rest / freedom[1]), 1e-3) if rest > 0 else 1.0
 
 
 def _line(curve: Curve) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import re
@@ -15,6 +16,7 @@ import across_runs
 import balanced
 import courses
 import downstream
+import halving
 import networkx as nx
 import new_curves
 import numpy as np
@@ -261,6 +263,54 @@ def test_interrupted_and_asked_again_nothing_is_trained_twice(
         kept = list(csv.DictReader(file))
     assert len(kept) == 2 * len(find_checkpoints([run])), "nothing is trained twice"
     assert all(float(r["seconds"]) > 0 for r in kept)
+
+    monkeypatch.setattr(halving, "RUNGS", (halving.Rung(1, (0,), 2), halving.Rung(3, (0, 1), 1)))
+    race = ["-epochs", "39", "0", "-state", "free", "-known", str(tmp_path / "rivals.csv"), "-downstream", str(table)]
+    monkeypatch.setattr(sys, "argv", ["halving.py", *common, "-o", str(tmp_path / "halving.csv"), *race])
+    capsys.readouterr()
+    halving.main()
+    first = capsys.readouterr().out
+    assert "rung 1: 0 trainings to go\nrung 2: 4 trainings to go" in first, "the first are known from the other table"
+    halving.main()
+    again = capsys.readouterr().out
+    assert "rung 2: 0 trainings to go" in again
+    assert first[first.index("##") :] == again[again.index("##") :]
+
+
+def test_a_race_by_hand() -> None:
+    """Five epochs, of which 8 wins the first rung, 2 and 8 are equal in the second, and 2 wins the third by its other draw."""
+    race = halving.Race("cine_mr", "test_resnet", "cosine", "run", "frozen", ("1", "2", "4", "8", "16"))
+    dice = {
+        (80, 0): {"1": 0.1, "2": 0.5, "4": 0.3, "8": 0.6, "16": 0.3},
+        (240, 0): {"2": 0.7, "8": 0.7, "16": 0.6},
+        (240, 1): {"2": 0.8, "8": 0.6},
+    }
+    known = {
+        halving.key_of(race, epoch, iterations, draw): halving.Training(value, float(iterations))
+        for (iterations, draw), values in dice.items()
+        for epoch, value in values.items()
+    }
+    assert [halving.left_after(race, known, n) for n in range(4)] == [race.epochs, ("2", "8", "16"), ("2", "8"), ("2",)]
+    assert [halving.leader(race, known, n) for n in (1, 2, 3)] == ["8", "8", "2"]
+    assert [halving.seconds_of(race, known, n) for n in (1, 2, 3)] == [5 * 80, 5 * 80 + 3 * 240, 5 * 80 + 5 * 240]
+    del known[halving.key_of(race, "8", 240, 1)]
+    assert halving.missing(race, known, 2) == [("8", 1)]
+    with pytest.raises(KeyError):
+        halving.left_after(race, {}, 1)
+    # the last epoch has 0.5 and the choices 0.4, 0.4 and 0.7 in the trainings that judge
+    judges = pd.DataFrame(
+        [
+            [d, "test_resnet", "cosine", "run", "frozen", e, s, v]
+            for d in ("cine_mr", "fundus", "liver_ct")
+            for s in (0, 1)
+            for e, v in {"1": 0.1, "2": 0.7, "4": 0.3, "8": 0.4, "16": 0.5}.items()
+        ],
+        columns=["dataset", "encoder", "scheme", "run", "state", "epoch", "seed", "dice"],
+    )
+    known[halving.key_of(race, "8", 240, 1)] = halving.Training(0.6, 1.0)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        halving.report([race], known, judges)
+    assert re.findall(r"draws\): (-?[\d.]+) ", said.getvalue()) == ["-10.00", "-10.00", "20.00"]
 
 
 def table_of(rows: list[tuple[Any, ...]], path: Path) -> Path:

@@ -28,7 +28,6 @@ from trainings import CURVE, by_training, read_trainings, told
 
 from mtl_nnunet.checkpoints import find_checkpoints
 from mtl_nnunet.curves import STATES
-from mtl_nnunet.evaluation import argbest
 
 
 class Rung(NamedTuple):
@@ -132,11 +131,15 @@ def left_after(race: Race, known: Known, number: int) -> tuple[str, ...]:
     """
     left = race.epochs
     for rung in RUNGS[:number]:
-        dice = [np.mean([known[key_of(race, e, rung.iterations, d)].dice for d in rung.draws]) for e in left]
-        # stable, and ascending epochs: of equals the later stand last
-        best = sorted(np.argsort(dice, kind="stable")[-rung.stay :])
-        left = tuple(left[i] for i in best)
+        best = by_dice(race, left, known, rung)[-rung.stay :]
+        left = tuple(e for e in left if e in best)
     return left
+
+
+def by_dice(race: Race, epochs: Sequence[str], known: Known, rung: Rung) -> list[str]:
+    """Epochs from the worst to the best by a rung; of equals the earlier first."""
+    dice = [np.mean([known[key_of(race, e, rung.iterations, d)].dice for d in rung.draws]) for e in epochs]
+    return [epochs[i] for i in np.argsort(dice, kind="stable")]
 
 
 def missing(race: Race, known: Known, number: int) -> list[tuple[str, int]]:
@@ -183,8 +186,7 @@ def report(races: Sequence[Race], known: Known, trainings: pd.DataFrame) -> None
 
 def leader(race: Race, known: Known, number: int) -> str:
     """The best of those who ran a rung, by that rung."""
-    rung, left = RUNGS[number - 1], left_after(race, known, number - 1)
-    return left[argbest([np.mean([known[key_of(race, e, rung.iterations, d)].dice for d in rung.draws]) for e in left])]
+    return by_dice(race, left_after(race, known, number - 1), known, RUNGS[number - 1])[-1]
 
 
 if __name__ == "__main__":
