@@ -9,6 +9,7 @@ import numpy as np
 from scipy import linalg, optimize, stats
 
 from mtl_nnunet.chooser import (
+    CONSTANT,
     COVERAGE,
     NUM_TRENDS,
     STEEPEST,
@@ -36,6 +37,8 @@ WIDTH = np.array([1.0, 0.7, 0.7, 1.0, 1.0, 2.0])
 TREND_DEVIATION = 10.0
 # the level of a curve is free: it says nothing about which checkpoint is best
 FREE_LEVEL = 100.0
+# variance, so that covariances of curves without noise, or all alike, can be inverted
+FLOOR = 1e-9
 BUDGETS = (1 / 3, 1 / 2, 2 / 3)
 PRICES = np.r_[0, np.geomspace(0.0005, 0.3, 60)]
 # at which losses are calibrated: Dice per whole pretraining
@@ -130,7 +133,7 @@ def fit_model(curves: Sequence[Curve], scores: Sequence[str] = ()) -> Model:
         fitness = np.log(np.diag(precision)).sum() / 2 - (((parameters - START) / WIDTH) ** 2).sum() / 2
         moment = np.zeros(len(precision))
         for time, x, y, error in zip(times, designs, shapes, errors, strict=True):
-            root = np.linalg.cholesky(covariance(kernel, time) + error + FREE_LEVEL)
+            root = np.linalg.cholesky(covariance(kernel, time) + error + FREE_LEVEL + FLOOR * np.eye(len(time)))
             white = linalg.solve_triangular(root, np.c_[x, y], lower=True, check_finite=False)
             precision = precision + white[:, :-1].T @ white[:, :-1]
             moment = moment + white[:, :-1].T @ white[:, -1]
@@ -171,7 +174,7 @@ def kernel_of(parameters: np.ndarray) -> np.ndarray:
 
 
 def seed_covariances(curves: Sequence[Curve]) -> list[np.ndarray]:
-    """Covariance of the mean Dice of the checkpoints due to the training seed, shape (K, K) a curve.
+    """Covariance of the mean Dice of the checkpoints due to the training seed, without their level, shape (K, K) a curve.
 
     What a seed does to all checkpoints alike (an easy draw of training cases) decides nothing, so it is taken out: the variance is
     that of the residuals of Dice = checkpoint + seed; one seed borrows from the other curves. Of it a part runs along log time,
@@ -180,13 +183,13 @@ def seed_covariances(curves: Sequence[Curve]) -> list[np.ndarray]:
     pooled = [_residual_variance(c.dice) for c in curves]
     known = [v for v in pooled if np.isfinite(v)]
     usual = float(np.median(known)) if known else 1e-5
-    ratio = _along_time(curves, pooled)
+    ratio = _along_time(curves)
     covariances = []
     for c, variance in zip(curves, pooled, strict=True):
-        size = np.sqrt(1 / np.isfinite(c.dice).sum(1))
-        line, free = _line(c), max(len(size) - 1, 1)
-        rest = (variance if np.isfinite(variance) else usual) * free / (free - 1 + ratio)
-        shape = np.eye(len(size)) + (ratio - 1) * np.outer(line, line)
+        n = len(c.epochs)
+        size, line = np.sqrt(1 / np.isfinite(c.dice).sum(1)), _line(c)
+        rest = (variance if np.isfinite(variance) else usual) * (n - 1) / max(n - 2 + ratio, 1e-12)
+        shape = np.eye(n) - 1 / n + (ratio - 1) * np.outer(line, line)
         covariances.append(rest * size[:, None] * shape * size)
     return covariances
 
@@ -202,20 +205,35 @@ def noise_variance(covariance: np.ndarray) -> float:
     return float((np.trace(covariance) - covariance.sum() / n) / (n - 1))
 
 
-def _along_time(curves: Sequence[Curve], variances: Sequence[float]) -> float:
-    """Variance of seeds along log time, divided by that in any other direction; 1 where no curve can tell."""
-    along, rest, freedom = 0.0, 0.0, np.zeros(2)
-    for c, variance in zip(curves, variances, strict=True):
-        epochs, seeds = c.dice.shape
-        if epochs < 3 or seeds < 2 or not np.isfinite(c.dice).all() or variance <= 0:
+def _along_time(curves: Sequence[Curve]) -> float:
+    """Variance of seeds along log time, divided by that in any other direction; 1 where no curve can tell.
+
+    By maximum likelihood: in each curve that quotient, by its own seeds, is the common one times a draw of the F distribution.
+    """
+    along, rest, freedom = [], [], []
+    for c in curves:
+        # seeds that trained from every checkpoint
+        dice = c.dice[:, np.isfinite(c.dice).all(0)]
+        epochs, seeds = dice.shape
+        if epochs < 3 or seeds < 2:
             continue
-        residuals = c.dice - c.dice.mean(0) - c.dice.mean(1, keepdims=True) + c.dice.mean()
+        residuals = dice - dice.mean(0) - dice.mean(1, keepdims=True) + dice.mean()
         own = float(((_line(c) @ residuals) ** 2).sum())
-        along += own / variance
-        rest += (float((residuals**2).sum()) - own) / variance
-        freedom += (seeds - 1) * np.array([1, epochs - 2])
-    # two checkpoints differ along log time alone, so it may not be nothing
-    return max((along / freedom[0]) / (rest / freedom[1]), 1e-3) if rest > 0 else 1.0
+        other = float((residuals**2).sum()) - own
+        # of equal seeds rounding is left
+        if other > CONSTANT * float((dice**2).sum()):
+            along.append(own)
+            rest.append(other)
+            freedom.append((seeds - 1, (seeds - 1) * (epochs - 2)))
+    if not along:
+        return 1.0
+    one, others = np.array(freedom).T
+
+    def misfit(log_ratio: float) -> float:
+        total = np.log(np.array(along) * np.exp(-log_ratio) + rest)
+        return float((one * log_ratio + (one + others) * total).sum() / 2)
+
+    return float(np.exp(optimize.minimize_scalar(misfit, bounds=(-4, 4), method="bounded").x))
 
 
 def _line(curve: Curve) -> np.ndarray:
@@ -326,14 +344,7 @@ def verdict(held: Sequence[HeldOut]) -> Verdict:
         line.append((np.mean(shares), np.mean([h.regret[k] for h, k in zip(held, chosen, strict=True)])))
     share, regret = np.array(line)[::-1].T
     order = np.argsort(share, kind="stable")
-    covered, expected, measured = [], [], []
-    for h in held:
-        factor = stretch([other for other in held if other.group != h.group])
-        for k in (h.choice(p) for p in TYPICAL_PRICES):
-            low, high = shortest_interval(h.losses[:, k])
-            covered.append(low - 1e-12 <= h.regret[k] <= factor * high)
-            expected.append(h.losses[:, k].mean())
-            measured.append(h.regret[k])
+    coverage, expected, measured = kept(held, held)
     taus = [float(stats.weightedtau(-h.expected, -h.regret).statistic) for h in held]
     return Verdict(
         regret={b: float(np.interp(b, share[order], regret[order])) for b in BUDGETS},
@@ -341,11 +352,29 @@ def verdict(held: Sequence[HeldOut]) -> Verdict:
         last=float(np.mean([h.regret[-1] for h in held])),
         free_regret=float(line[0][1]),
         free_share=float(line[0][0]),
-        coverage=float(np.mean(covered)),
-        expected=float(np.mean(expected)),
-        measured=float(np.mean(measured)),
+        coverage=coverage,
+        expected=expected,
+        measured=measured,
         tau=float(np.mean(taus)),
     )
+
+
+def kept(part: Sequence[HeldOut], held: Sequence[HeldOut]) -> tuple[float, float, float]:
+    """Share of measured losses in their 90 % interval, at usual prices; mean loss that was expected; and that was measured.
+
+    Args:
+        part: Curves that are looked at.
+        held: All, whose other groups stretch the intervals.
+    """
+    covered, expected, measured = [], [], []
+    for h in part:
+        factor = stretch([other for other in held if other.group != h.group])
+        for k in (h.choice(p) for p in TYPICAL_PRICES):
+            low, high = shortest_interval(h.losses[:, k])
+            covered.append(low - 1e-12 <= h.regret[k] <= factor * high)
+            expected.append(h.losses[:, k].mean())
+            measured.append(h.regret[k])
+    return float(np.mean(covered)), float(np.mean(expected)), float(np.mean(measured))
 
 
 def _fixed_regret(curves: Sequence[Curve], budget: float) -> float:
@@ -398,7 +427,7 @@ def _fit_steepness(logs: np.ndarray, spreads: np.ndarray) -> tuple[float, np.nda
 
     def misfit(parameters: np.ndarray) -> float:
         noise, size = np.exp(parameters)
-        total = noise * np.eye(n) + size * spreads @ spreads.T + FREE_LEVEL
+        total = (noise + FLOOR) * np.eye(n) + size * spreads @ spreads.T + FREE_LEVEL
         root = np.linalg.cholesky(total)
         white = linalg.solve_triangular(root, logs, lower=True)
         prior = (((parameters - start) / 2) ** 2).sum() / 2

@@ -24,7 +24,16 @@ from mtl_nnunet.chooser import (
     trends,
     write_chooser,
 )
-from mtl_nnunet.chooser_fit import fit_model, fit_state, hold_out, noise_variance, seed_covariances, stretch, verdict
+from mtl_nnunet.chooser_fit import (
+    fit_model,
+    fit_state,
+    hold_out,
+    measured_losses,
+    noise_variance,
+    seed_covariances,
+    stretch,
+    verdict,
+)
 from mtl_nnunet.cli.main import main
 from mtl_nnunet.curves import Curve, read_curves
 from mtl_nnunet.errors import UserError
@@ -447,33 +456,57 @@ def with_noise(curves: list[Curve], along: float, num_seeds: int, seed: int) -> 
 def test_what_a_seed_does_to_all_checkpoints_alike_is_no_noise() -> None:
     noisy = with_noise(simulated(12, 0)[0], 0.0, 40, 0)
     found = np.array(seed_covariances(noisy)) * 40
-    assert found == pytest.approx(np.broadcast_to(0.01**2 * np.eye(9), (12, 9, 9)), abs=0.2 * 0.01**2)
+    alike = np.eye(9) - 1 / 9
+    assert found == pytest.approx(np.broadcast_to(0.01**2 * alike, (12, 9, 9)), abs=0.2 * 0.01**2)
     # the same by hand: a table with equal numbers in each cell has (K - 1)(S - 1) degrees of freedom
     dice = noisy[0].dice
     residuals = dice - dice.mean(0) - dice.mean(1, keepdims=True) + dice.mean()
     assert noise_variance(found[0]) == pytest.approx((residuals**2).sum() / (8 * 39))
     gaps = np.where(np.random.default_rng(1).random(dice.shape) < 0.3, np.nan, dice)
     told = np.diag(seed_covariances([replace(noisy[0], dice=gaps)])[0]) * np.isfinite(gaps).sum(1)
-    assert told == pytest.approx(0.01**2, rel=0.2)
+    assert told == pytest.approx(0.01**2 * 8 / 9, rel=0.2)
+    fewer = np.where(np.arange(40) < np.array([10, 40])[np.arange(9) % 2, None], dice, np.nan)
+    told = np.diag(seed_covariances([replace(noisy[0], dice=fewer)])[0])
+    assert told[::2].mean() == pytest.approx(4 * told[1::2].mean(), rel=0.05), "of a quarter of the seeds"
 
 
 def test_a_seed_that_suits_early_checkpoints_suits_all_early_ones() -> None:
     noisy = with_noise(simulated(60, 0)[0], 0.03, 5, 0)
     found = 5 * np.mean(seed_covariances(noisy), axis=0)
     line = (TIME - TIME.mean()) / np.linalg.norm(TIME - TIME.mean())
-    expected = 0.01**2 * np.eye(9) + 0.03**2 * np.outer(line, line)
+    expected = 0.01**2 * (np.eye(9) - 1 / 9) + 0.03**2 * np.outer(line, line)
     scale = np.sqrt(np.diag(expected))
     assert np.abs((found - expected) / np.outer(scale, scale)).max() < 0.15
+    # a seed that a table names and that trained from nothing tells nothing, and takes nothing away
+    padded = [replace(c, dice=np.c_[c.dice, np.full(9, np.nan)], seeds=(*c.seeds, "x"), scores={}) for c in noisy]
+    assert 5 * np.mean(seed_covariances(padded), axis=0) == pytest.approx(found)
     # what a curve of one seed borrows; two checkpoints, and one
     alone = replace(noisy[0], dice=noisy[0].dice[:, :1], seeds=("0",))
-    assert noise_variance(seed_covariances([*noisy, alone])[-1]) == pytest.approx(
-        5 * noise_variance(found / 5), rel=0.3
-    )
+    assert noise_variance(seed_covariances([*noisy, alone])[-1]) == pytest.approx(noise_variance(found), rel=0.3)
     for left in (2, 1):
         short = replace(noisy[0], epochs=EPOCHS[:left], dice=noisy[0].dice[:left], accuracy=np.full(left, np.nan), scores={})  # fmt: skip
-        (covariance_of_few,) = seed_covariances([short])
-        assert covariance_of_few.shape == (left, left)
-        assert np.isfinite(covariance_of_few).all()
+        of_few = seed_covariances([*noisy, short])[-1]
+        assert of_few.shape == (left, left)
+        assert np.isfinite(of_few).all()
+        if left == 2:
+            between = short.dice[0] - short.dice[1]
+            assert of_few[0, 0] + of_few[1, 1] - 2 * of_few[0, 1] == pytest.approx(between.var(ddof=1) / 5)
+
+
+def test_what_is_measured_has_the_noise_that_it_is_given() -> None:
+    """Two checkpoints of equal truth, with noise that they share but for a tenth: a normal difference of variance 0.2."""
+    losses = measured_losses(np.zeros((20_000, 2)), np.array([[1.0, 0.9], [0.9, 1.0]]))
+    assert losses.min(1) == pytest.approx(0)
+    assert losses.sum(1).mean() == pytest.approx(np.sqrt(2 / np.pi * 0.2), rel=0.03)
+    assert (losses[:, 0] > 0).mean() == pytest.approx(0.5, abs=0.02)
+
+
+def test_curves_that_are_all_alike_or_flat_are_fitted() -> None:
+    curves = [replace(c, dice=np.tile(0.8 + 0.01 * TIME[:, None], 5)) for c in simulated(8, 0)[0]]
+    for same in (curves, [replace(c, dice=np.full((9, 5), 0.8)) for c in curves]):
+        expected = draw_curves(fit_model(same), EPOCHS.astype(float), {}).mean(0)
+        assert np.isfinite(expected).all()
+        assert np.ptp(expected) == pytest.approx(np.ptp(same[0].mean_dice), abs=0.005)
 
 
 @pytest.mark.parametrize("state", ["free", "frozen"])

