@@ -541,7 +541,15 @@ def test_courses_and_what_is_luck_in_them_by_hand(
     averages = table_of(rows, tmp_path / "averages.csv")
     other = [(d, "net", "", "", "free", "scratch", seed, 0.45 - 0.01 * seed) for d in "xyz" for seed in (0, 1)]
     scratch = str(table_of(other, tmp_path / "scratch.csv"))
-    monkeypatch.setattr(sys, "argv", ["courses.py", str(table), "-averages", str(averages), "-scratch", scratch])
+    # by another recipe the last epoch of the slow schedule has 1, 2 and 3 points more
+    other = [
+        (d, "net", "slow", "net-slow-0", "free", 2, seed, 0.5 + 1.1 * gain - luck)
+        for d, gain in targets_of
+        for seed, luck in enumerate((-0.01, 0.01))
+    ]
+    recipe = str(table_of(other, tmp_path / "recipe.csv"))
+    options = ["-averages", str(averages), "-scratch", scratch, "-recipe", recipe]
+    monkeypatch.setattr(sys, "argv", ["courses.py", str(table), *options])
     courses.main()
     said = capsys.readouterr().out
     assert "## encoder free: 6 curves, 2 seeds" in said
@@ -556,6 +564,8 @@ def test_courses_and_what_is_luck_in_them_by_hand(
     assert "agrees with 1 others by a Spearman correlation of 1.00 [1.00, 1.00], the epochs themselves by 1.00" in said
     assert "on random weights by the other recipe: scratch 0.50 [0.50, 0.50], 1 5.50 [5.50, 5.50]" in said
     assert "average-3 less the last epoch, 3 curves, 1 seeds: 3.00 [0.52, 5.48]; slow 3.00 [0.52, 5.48]" in said
+    assert "by another recipe, 3 curves, 2 seeds:\ngain by it: 2 2.00 [-0.48, 4.48]" in said
+    assert "gain on random weights by their own: 2 27.00 [-0.33, 54.33]" in said
 
 
 def test_epochs_differ_where_an_analysis_of_variance_says_so() -> None:

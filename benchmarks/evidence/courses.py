@@ -6,9 +6,10 @@ that of the mean of the seeds) beside the noise of a single training; in how man
 lose against the best; each beside what luck alone would give if all curves of a target had one course; Dice by the one schedule less that by
 the other; and how well one training agrees with the others on the order of epochs, beside the epochs themselves. With a table of
 shorter trainings, how well those agree; with one of averaged weights, what these gain on the last epoch, seed by seed; with one of
-random weights by another recipe, what every epoch gains on those. Intervals are of 95 %, over targets.
+random weights by another recipe, what every epoch gains on those; with one of pretrained weights by another recipe, what these gain
+by it, and on random weights by any. Intervals are of 95 %, over targets.
 
-    python benchmarks/evidence/courses.py balanced.csv -shorter downstream_80.csv -averages downstream.csv -scratch layer_decay.csv
+    python benchmarks/evidence/courses.py balanced.csv -shorter downstream_80.csv -averages downstream.csv -scratch layer_decay.csv -recipe no_layer_decay.csv
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ def main() -> None:
     parser.add_argument("-shorter", type=Path, help="table of shorter trainings of the same curves")
     parser.add_argument("-averages", type=Path, help="table with trainings from averaged weights")
     parser.add_argument("-scratch", type=Path, help="table with trainings from random weights by another recipe")
+    parser.add_argument("-recipe", type=Path, help="table with trainings from pretrained weights by another recipe")
     args = parser.parse_args()
-    table, shorter, averages, scratch = (
+    table, shorter, averages, scratch, recipe = (
         None if path is None else read_trainings(path)
-        for path in (args.table, args.shorter, args.averages, args.scratch)
+        for path in (args.table, args.shorter, args.averages, args.scratch, args.recipe)
     )
     for state, rows in table.groupby("state"):
         dice = by_training(rows)
@@ -55,6 +57,8 @@ def main() -> None:
             report_averages(averages[averages["state"] == state])
         if scratch is not None and state in set(scratch["state"]):
             report_scratch(rows, scratch[scratch["state"] == state])
+        if recipe is not None and state in set(recipe["state"]):
+            report_recipe(rows, recipe[recipe["state"] == state])
 
 
 def report_course(below: pd.DataFrame) -> None:
@@ -252,6 +256,19 @@ def report_scratch(rows: pd.DataFrame, scratch: pd.DataFrame) -> None:
     dice = rows.pivot_table(index=by, columns="epoch", values="dice").loc[other.index]
     gain = 100 * dice[[SCRATCH, *sorted(epochs_of(dice), key=int)]].sub(other, axis=0)
     print("gain on random weights by the other recipe: " + ", ".join(f"{epoch} {told(gain[epoch])}" for epoch in gain))
+
+
+def report_recipe(rows: pd.DataFrame, recipe: pd.DataFrame) -> None:
+    """What pretrained weights gain by another recipe, and what they then gain on random weights; by pairs of the same seed."""
+    dice = 100 * recipe[recipe["epoch"] != SCRATCH].pivot_table(index=[*CURVE, "seed"], columns="epoch", values="dice")
+    own = 100 * rows.pivot_table(index=[*CURVE, "seed"], columns="epoch", values="dice").loc[dice.index]
+    scratch = 100 * rows[rows["epoch"] == SCRATCH].set_index(["dataset", "encoder", "seed"])["dice"]
+    random = pd.Series([scratch[d, e, s] for d, e, _, _, s in dice.index], index=dice.index)
+    epochs = sorted(dice, key=int)
+    curves, seeds = dice.groupby(level=CURVE).ngroups, dice.index.unique("seed")
+    print(f"by another recipe, {curves} curves, {len(seeds)} seeds:")
+    print("gain by it: " + ", ".join(f"{e} {told(dice[e] - own[e])}" for e in epochs))
+    print("gain on random weights by their own: " + ", ".join(f"{e} {told(dice[e] - random)}" for e in epochs))
 
 
 if __name__ == "__main__":
