@@ -543,9 +543,10 @@ def test_courses_and_what_is_luck_in_them_by_hand(
     scratch = str(table_of(other, tmp_path / "scratch.csv"))
     # by another recipe the last epoch of the slow schedule has 1, 2 and 3 points more
     other = [
-        (d, "net", "slow", "net-slow-0", "free", 2, seed, 0.5 + 1.1 * gain - luck)
+        (d, "net", "slow", "net-slow-0", "free", epoch, seed, 0.5 + more - luck)
         for d, gain in targets_of
         for seed, luck in enumerate((-0.01, 0.01))
+        for epoch, more in ((1, 0.0), (2, 1.1 * gain))
     ]
     recipe = str(table_of(other, tmp_path / "recipe.csv"))
     options = ["-averages", str(averages), "-scratch", scratch, "-recipe", recipe]
@@ -564,8 +565,10 @@ def test_courses_and_what_is_luck_in_them_by_hand(
     assert "agrees with 1 others by a Spearman correlation of 1.00 [1.00, 1.00], the epochs themselves by 1.00" in said
     assert "on random weights by the other recipe: scratch 0.50 [0.50, 0.50], 1 5.50 [5.50, 5.50]" in said
     assert "average-3 less the last epoch, 3 curves, 1 seeds: 3.00 [0.52, 5.48]; slow 3.00 [0.52, 5.48]" in said
-    assert "by another recipe, 3 curves, 2 seeds:\ngain by it: 2 2.00 [-0.48, 4.48]" in said
-    assert "gain on random weights by their own: 2 27.00 [-0.33, 54.33]" in said
+    assert "by another recipe, 3 curves, 2 seeds:\ngain by it: 1 0.00 [0.00, 0.00], 2 2.00 [-0.48, 4.48]" in said
+    assert "gain on random weights by their own: 1 5.00 [5.00, 5.00], 2 27.00 [-0.33, 54.33]" in said
+    assert "below the last epoch by it: 1 22.00 [-5.33, 49.33]" in said
+    assert "below the last epoch by the usual one, same seeds: 1 20.00 [-4.84, 44.84]" in said
 
 
 def test_epochs_differ_where_an_analysis_of_variance_says_so() -> None:

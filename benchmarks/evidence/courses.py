@@ -7,7 +7,7 @@ lose against the best; each beside what luck alone would give if all curves of a
 the other; and how well one training agrees with the others on the order of epochs, beside the epochs themselves. With a table of
 shorter trainings, how well those agree; with one of averaged weights, what these gain on the last epoch, seed by seed; with one of
 random weights by another recipe, what every epoch gains on those; with one of pretrained weights by another recipe, what these gain
-by it, and on random weights by any. Intervals are of 95 %, over targets.
+by it and on random weights, and how they run by it. Intervals are of 95 %, over targets.
 
     python benchmarks/evidence/courses.py balanced.csv -shorter downstream_80.csv -averages downstream.csv -scratch layer_decay.csv -recipe no_layer_decay.csv
 """
@@ -269,6 +269,9 @@ def report_recipe(rows: pd.DataFrame, recipe: pd.DataFrame) -> None:
     print(f"by another recipe, {curves} curves, {len(seeds)} seeds:")
     print("gain by it: " + ", ".join(f"{e} {told(dice[e] - own[e])}" for e in epochs))
     print("gain on random weights by their own: " + ", ".join(f"{e} {told(dice[e] - random)}" for e in epochs))
+    for name, table in (("by it", dice), ("by the usual one, same seeds", own)):
+        below = below_last(table[epochs] / 100)
+        print(f"below the last epoch {name}: " + ", ".join(f"{e} {told(below[e])}" for e in epochs[:-1]))
 
 
 if __name__ == "__main__":
