@@ -73,6 +73,11 @@ class HeldOut:
         cost = self.expected + price * self.curve.epochs / self.curve.epochs[-1]
         return len(cost) - 1 - int(np.argmin(cost[::-1]))
 
+    def holds(self, index: int, factor: float) -> bool:
+        """Whether the measured loss of a checkpoint lies in its 90 % interval, stretched by a factor."""
+        low, high = shortest_interval(self.losses[:, index])
+        return bool(low - 1e-12 <= self.regret[index] <= factor * high)
+
 
 def fit_state(curves: Sequence[Curve], scores: Sequence[str] = ()) -> StateModel:
     """Fit the prior and the evidence on curves of one state, and stretch loss intervals until they hold on left-out ones.
@@ -194,6 +199,12 @@ def seed_covariances(curves: Sequence[Curve]) -> list[np.ndarray]:
     return covariances
 
 
+def seed_residuals(dice: np.ndarray) -> np.ndarray:
+    """What is left of Dice = checkpoint + seed in a table without gaps, shape (K, S) or (S, K)."""
+    rest: np.ndarray = dice - dice.mean(0) - dice.mean(1, keepdims=True) + dice.mean()
+    return rest
+
+
 def noise_variance(covariance: np.ndarray) -> float:
     """What noise adds to the variance of a curve over its checkpoints.
 
@@ -217,7 +228,7 @@ def _along_time(curves: Sequence[Curve]) -> float:
         epochs, seeds = dice.shape
         if epochs < 3 or seeds < 2:
             continue
-        residuals = dice - dice.mean(0) - dice.mean(1, keepdims=True) + dice.mean()
+        residuals = seed_residuals(dice)
         own = float(((_line(c) @ residuals) ** 2).sum())
         other = float((residuals**2).sum()) - own
         # of equal seeds rounding is left
@@ -366,12 +377,11 @@ def kept(part: Sequence[HeldOut], held: Sequence[HeldOut]) -> tuple[float, float
         part: Curves that are looked at.
         held: All, whose other groups stretch the intervals.
     """
+    factors = {group: stretch([h for h in held if h.group != group]) for group in {h.group for h in part}}
     covered, expected, measured = [], [], []
     for h in part:
-        factor = stretch([other for other in held if other.group != h.group])
         for k in (h.choice(p) for p in TYPICAL_PRICES):
-            low, high = shortest_interval(h.losses[:, k])
-            covered.append(low - 1e-12 <= h.regret[k] <= factor * high)
+            covered.append(h.holds(k, factors[h.group]))
             expected.append(h.losses[:, k].mean())
             measured.append(h.regret[k])
     return float(np.mean(covered)), float(np.mean(expected)), float(np.mean(measured))

@@ -41,6 +41,7 @@ from mtl_nnunet.files import sha256
 
 EPOCHS = np.array([1, 5, 20, 50, 100, 150, 200, 250, 300])
 TIME = log_time(EPOCHS.astype(float), 300.0)
+LINE = (TIME - TIME.mean()) / np.linalg.norm(TIME - TIME.mean())
 NUM_SEEDS, SEED_DEVIATION = 5, 0.002
 EVIDENCE = Path(__file__).parents[1] / "benchmarks" / "evidence"
 PUBLISHED = REAL_DATA.parent / "published"
@@ -438,14 +439,13 @@ def test_a_fall_of_deviations_is_found_where_there_is_one() -> None:
 def with_noise(curves: list[Curve], along: float, num_seeds: int, seed: int) -> list[Curve]:
     """Seeds that shift whole curves, tilt them along log time, and differ by 0.01 at every checkpoint."""
     rng = np.random.default_rng(seed)
-    line = (TIME - TIME.mean()) / np.linalg.norm(TIME - TIME.mean())
     seeds = tuple(map(str, range(num_seeds)))
     return [
         replace(
             c,
             dice=c.mean_dice[:, None]
             + rng.normal(0, 0.2, num_seeds)
-            + line[:, None] * rng.normal(0, along, num_seeds)
+            + LINE[:, None] * rng.normal(0, along, num_seeds)
             + rng.normal(0, 0.01, (9, num_seeds)),
             seeds=seeds,
         )
@@ -473,8 +473,7 @@ def test_what_a_seed_does_to_all_checkpoints_alike_is_no_noise() -> None:
 def test_a_seed_that_suits_early_checkpoints_suits_all_early_ones() -> None:
     noisy = with_noise(simulated(60, 0)[0], 0.03, 5, 0)
     found = 5 * np.mean(seed_covariances(noisy), axis=0)
-    line = (TIME - TIME.mean()) / np.linalg.norm(TIME - TIME.mean())
-    expected = 0.01**2 * (np.eye(9) - 1 / 9) + 0.03**2 * np.outer(line, line)
+    expected = 0.01**2 * (np.eye(9) - 1 / 9) + 0.03**2 * np.outer(LINE, LINE)
     scale = np.sqrt(np.diag(expected))
     assert np.abs((found - expected) / np.outer(scale, scale)).max() < 0.15
     # a seed that a table names and that trained from nothing tells nothing, and takes nothing away

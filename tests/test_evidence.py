@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import re
@@ -277,7 +276,7 @@ def test_interrupted_and_asked_again_nothing_is_trained_twice(
     assert first[first.index("##") :] == again[again.index("##") :]
 
 
-def test_a_race_by_hand() -> None:
+def test_a_race_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
     """Five epochs, of which 8 wins the first rung, 2 and 8 are equal in the second, and 2 wins the third by its other draw."""
     race = halving.Race("cine_mr", "test_resnet", "cosine", "run", "frozen", ("1", "2", "4", "8", "16"))
     dice = {
@@ -308,9 +307,8 @@ def test_a_race_by_hand() -> None:
         columns=["dataset", "encoder", "scheme", "run", "state", "epoch", "seed", "dice"],
     )
     known[halving.key_of(race, "8", 240, 1)] = 0.6
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        halving.report([race], known, judges)
-    assert re.findall(r"draws\): (-?[\d.]+) ", said.getvalue()) == ["-10.00", "-10.00", "20.00"]
+    halving.report([race], known, judges)
+    assert re.findall(r"draws\): (-?[\d.]+) ", capsys.readouterr().out) == ["-10.00", "-10.00", "20.00"]
 
 
 def table_of(rows: list[tuple[Any, ...]], path: Path) -> Path:
@@ -581,20 +579,20 @@ def test_epochs_differ_where_an_analysis_of_variance_says_so() -> None:
     assert courses.looks(steep[:, ::-1])[3] == pytest.approx(40, abs=3)
 
 
-@pytest.mark.parametrize("shared", [0.0, 3.0])
-def test_curves_of_one_course_look_as_luck_says(shared: float) -> None:
+@pytest.mark.parametrize(("seeds", "shared"), [(3, 0.0), (5, 3.0)])
+def test_curves_of_one_course_look_as_luck_says(seeds: int, shared: float) -> None:
     """Also where a seed that suits the first epochs suits the last ones the less."""
     rng = np.random.default_rng(0)
     tilt = np.linspace(-0.5, 0.5, 5)
     curves = [
-        course + rng.normal(size=(5, 5)) + shared * rng.normal(size=(5, 1)) * tilt
+        course + rng.normal(size=(seeds, 5)) + shared * rng.normal(size=(seeds, 1)) * tilt
         for course in np.repeat([[0, 1, 2, 3, 3], [0, 4, 4, 4, 4]], 40, axis=0)
     ]
     lucky = courses.by_luck(curves, ["x"] * 40 + ["y"] * 40)
     low, high = np.quantile(lucky, [0.01, 0.99], axis=0)
     found = np.mean([courses.looks(c) for c in curves], axis=0)
     assert ((low <= found) & (found <= high)).all()
-    assert found[3] > 0.25, "the best seems better than the last, of which it is the equal"
+    assert found[3] > 0.3, "the best seems better than the last, of which it is the equal"
     shape = courses.noise_shape(curves)
     assert shape.sum(0) == pytest.approx(0)
     assert np.trace(shape) == pytest.approx(4)

@@ -22,6 +22,7 @@ import pandas as pd
 from scipy import stats
 from trainings import CURVE, below_last, by_training, epochs_of, read_trainings, told
 
+from mtl_nnunet.chooser_fit import seed_residuals
 from mtl_nnunet.curves import AVERAGE, SCRATCH
 
 DRAWS = 1000
@@ -145,7 +146,7 @@ def looks(dice: np.ndarray) -> tuple[bool, bool, bool, float]:
 def residual_variance(dice: np.ndarray) -> float:
     """Of Dice = checkpoint + seed + rest, the variance of the rest, shape (S, K)."""
     seeds, epochs = dice.shape
-    return float((residuals(dice) ** 2).sum() / ((seeds - 1) * (epochs - 1)))
+    return float((seed_residuals(dice) ** 2).sum() / ((seeds - 1) * (epochs - 1)))
 
 
 def noise_shape(curves: list[np.ndarray]) -> np.ndarray:
@@ -157,15 +158,9 @@ def noise_shape(curves: list[np.ndarray]) -> np.ndarray:
                [ 0.33,  0.33, -0.67],
                [-0.67, -0.67,  1.33]])
     """
-    shapes = [residuals(c).T @ residuals(c) / (len(c) - 1) / residual_variance(c) for c in curves]
+    shapes = [seed_residuals(c).T @ seed_residuals(c) / (len(c) - 1) / residual_variance(c) for c in curves]
     mean: np.ndarray = np.mean(shapes, axis=0)
     return mean
-
-
-def residuals(dice: np.ndarray) -> np.ndarray:
-    """Dice less checkpoint and seed, shape (S, K)."""
-    rest: np.ndarray = dice - dice.mean(0) - dice.mean(1, keepdims=True) + dice.mean()
-    return rest
 
 
 def by_luck(curves: list[np.ndarray], targets: list[str]) -> np.ndarray:
@@ -260,18 +255,16 @@ def report_scratch(rows: pd.DataFrame, scratch: pd.DataFrame) -> None:
 
 def report_recipe(rows: pd.DataFrame, recipe: pd.DataFrame) -> None:
     """What pretrained weights gain by another recipe, and what they then gain on random weights; by pairs of the same seed."""
-    dice = 100 * recipe[recipe["epoch"] != SCRATCH].pivot_table(index=[*CURVE, "seed"], columns="epoch", values="dice")
-    own = 100 * rows.pivot_table(index=[*CURVE, "seed"], columns="epoch", values="dice").loc[dice.index]
-    scratch = 100 * rows[rows["epoch"] == SCRATCH].set_index(["dataset", "encoder", "seed"])["dice"]
-    random = pd.Series([scratch[d, e, s] for d, e, _, _, s in dice.index], index=dice.index)
-    epochs = sorted(dice, key=int)
+    dice = by_training(recipe, with_scratch=False)
+    usual = by_training(rows).loc[dice.index]
     curves, seeds = dice.groupby(level=CURVE).ngroups, dice.index.unique("seed")
     print(f"by another recipe, {curves} curves, {len(seeds)} seeds:")
-    print("gain by it: " + ", ".join(f"{e} {told(dice[e] - own[e])}" for e in epochs))
-    print("gain on random weights by their own: " + ", ".join(f"{e} {told(dice[e] - random)}" for e in epochs))
-    for name, table in (("by it", dice), ("by the usual one, same seeds", own)):
-        below = below_last(table[epochs] / 100)
-        print(f"below the last epoch {name}: " + ", ".join(f"{e} {told(below[e])}" for e in epochs[:-1]))
+    print("gain by it: " + ", ".join(f"{e} {told(100 * (dice[e] - usual[e]))}" for e in dice))
+    gain = 100 * dice.sub(usual[SCRATCH], axis=0)
+    print("gain on random weights by their own: " + ", ".join(f"{e} {told(gain[e])}" for e in gain))
+    for name, table in (("by it", dice), ("by the usual one, same seeds", usual[list(dice)])):
+        below = below_last(table)
+        print(f"below the last epoch {name}: " + ", ".join(f"{e} {told(below[e])}" for e in below.columns[:-1]))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import time
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -21,8 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from downstream import ITERATIONS, Job, add_common_options, made_with, opened, scheme_of
-from joblib import Parallel, delayed
-from rivals import COLUMNS, FIRST_SEED, name_of, short_training
+from rivals import COLUMNS, FIRST_SEED, KEY, name_of, train_all
 from targets import prepared
 from trainings import CURVE, by_training, read_trainings, told
 
@@ -39,7 +37,6 @@ class Rung(NamedTuple):
 
 
 RUNGS = (Rung(ITERATIONS // 3, (0,), 3), Rung(ITERATIONS, (0,), 2), Rung(ITERATIONS, (0, 1), 1))
-KEY = ("dataset", "run", "epoch", "score", "draw")
 
 
 class Race(NamedTuple):
@@ -76,28 +73,15 @@ def main() -> None:
     known = trainings_of([*args.known, args.o])
     version = made_with()
     with file:
-        writer = csv.writer(file, lineterminator="\n")
         for number, rung in enumerate(RUNGS):
             jobs = [(race, *job) for race in races for job in missing(race, known, number)]
             print(f"rung {number + 1}: {len(jobs)} trainings to go", flush=True)
-            started = time.monotonic()
-            results = Parallel(n_jobs=args.num_proc, batch_size=1, return_as="generator")(
-                delayed(short_training)(
-                    Job(*race[:5], epoch, FIRST_SEED + draw, "", (found[race.run][epoch].path,)),
-                    files[race.dataset],
-                    rung.iterations,
-                    draw,
-                    args.device,
-                )
-                for race, epoch, draw in jobs
-            )
-            for i, ((race, epoch, draw), (dice, seconds)) in enumerate(zip(jobs, results, strict=True), start=1):
-                row = (*race[:4], epoch, name_of(rung.iterations, race.state))
-                writer.writerow([*row, f"{dice:.5f}", draw, f"{seconds:.2f}", version])
-                file.flush()
-                known[key_of(race, epoch, rung.iterations, draw)] = dice
-                if i % 20 == 0:
-                    print(f"{i} of {len(jobs)}, {time.monotonic() - started:.0f} s", flush=True)
+            trainings = [
+                (rung.iterations, Job(*race[:5], e, FIRST_SEED + draw, "", (found[race.run][e].path,)), draw)
+                for race, e, draw in jobs
+            ]
+            dice = train_all(trainings, files, file, version, args.num_proc, args.device)
+            known |= {key_of(race, e, rung.iterations, draw): d for (race, e, draw), d in zip(jobs, dice, strict=True)}
     if args.downstream:
         report(races, known, read_trainings(args.downstream))
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mtl_nnunet.chooser import Chooser, draw_curves, read_chooser, shortest_interval
+from mtl_nnunet.chooser import Chooser, draw_curves, read_chooser
 from mtl_nnunet.chooser_fit import TYPICAL_PRICES, HeldOut, measured_losses, seed_covariances
 from mtl_nnunet.curves import Curve, read_curves
 from mtl_nnunet.evaluation import fixed_line, same_budget
@@ -65,10 +65,7 @@ def line(held: list[HeldOut], price: float, factor: float) -> str:
     share = float(np.mean([c.epochs[k] / c.epochs[-1] for c, k in zip(curves, chosen, strict=True)]))
     measured = np.array([h.regret[k] for h, k in zip(held, chosen, strict=True)])
     expected = [h.losses[:, k].mean() for h, k in zip(held, chosen, strict=True)]
-    within = []
-    for h, k, loss in zip(held, chosen, measured, strict=True):
-        low, high = shortest_interval(h.losses[:, k])
-        within.append(low - 1e-12 <= loss <= factor * high)
+    within = [h.holds(k, factor) for h, k in zip(held, chosen, strict=True)]
     fixed = fixed_line(curves, [same_budget(curves, share)])[1][0]
     last = np.mean([h.regret[-1] for h in held])
     return (

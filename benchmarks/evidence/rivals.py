@@ -12,9 +12,11 @@ from __future__ import annotations
 import argparse
 import csv
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 from downstream import (
@@ -38,6 +40,7 @@ LENGTHS = (40, 80)
 # other seeds than those that are judged by
 FIRST_SEED = 10_000
 COLUMNS = ("dataset", "encoder", "scheme", "run", "epoch", "score", "value", "draw", "seconds", "made_with")
+KEY = ("dataset", "run", "epoch", "score", "draw")
 
 
 def main() -> None:
@@ -49,30 +52,48 @@ def main() -> None:
     parser.add_argument("-draw", type=int, default=0, help="which half of the pool trains, on which cases")
     args = parser.parse_args()
     files = {name: prepared(name, args.raw, args.work) for name in args.d}
-    file, done = opened(args.o, COLUMNS, ("dataset", "run", "epoch", "score", "draw"))
+    file, done = opened(args.o, COLUMNS, KEY)
     seed = FIRST_SEED + args.draw
     runs = {folder: find_checkpoints([folder]) for folder in args.runs}
     jobs = [
-        (length, Job(d, str(c.architecture), scheme_of(folder), folder.name, state, str(c.epoch), seed, "", (c.path,)))
+        (
+            length,
+            Job(d, str(c.architecture), scheme_of(folder), folder.name, state, str(c.epoch), seed, "", (c.path,)),
+            args.draw,
+        )
         for length, d, state, (folder, found) in product(args.iterations, args.d, args.state, runs.items())
         for c in found
         if str(c.epoch) in (args.epochs or [str(c.epoch)])
         and (d, folder.name, str(c.epoch), name_of(length, state), str(args.draw)) not in done
     ]
     print(f"{len(jobs)} trainings to go", flush=True)
-    version = made_with()
-    started = time.monotonic()
-    results = Parallel(n_jobs=args.num_proc, batch_size=1, return_as="generator")(
-        delayed(short_training)(job, files[job.dataset], length, args.draw, args.device) for length, job in jobs
-    )
     with file:
-        writer = csv.writer(file, lineterminator="\n")
-        for i, ((length, job), (dice, seconds)) in enumerate(zip(jobs, results, strict=True), start=1):
-            known = (job.dataset, job.encoder, job.scheme, job.run, job.epoch, name_of(length, job.state))
-            writer.writerow([*known, f"{dice:.5f}", args.draw, f"{seconds:.2f}", version])
-            file.flush()
-            if i % 20 == 0:
-                print(f"{i} of {len(jobs)}, {time.monotonic() - started:.0f} s", flush=True)
+        train_all(jobs, files, file, made_with(), args.num_proc, args.device)
+
+
+def train_all(
+    trainings: Sequence[tuple[int, Job, int]],
+    files: Mapping[str, Path],
+    file: TextIO,
+    version: str,
+    num_proc: int,
+    device: str,
+) -> list[float]:
+    """Dice of short trainings (iterations, what, draw), each written as a row of the table when it is there."""
+    started = time.monotonic()
+    results = Parallel(n_jobs=num_proc, batch_size=1, return_as="generator")(
+        delayed(short_training)(job, files[job.dataset], length, draw, device) for length, job, draw in trainings
+    )
+    found = []
+    writer = csv.writer(file, lineterminator="\n")
+    for (length, job, draw), (dice, seconds) in zip(trainings, results, strict=True):
+        known = (job.dataset, job.encoder, job.scheme, job.run, job.epoch, name_of(length, job.state))
+        writer.writerow([*known, f"{dice:.5f}", draw, f"{seconds:.2f}", version])
+        file.flush()
+        found.append(dice)
+        if len(found) % 20 == 0:
+            print(f"{len(found)} of {len(trainings)}, {time.monotonic() - started:.0f} s", flush=True)
+    return found
 
 
 def name_of(iterations: int, state: str) -> str:
